@@ -1,0 +1,1 @@
+"""Compressors: what can be done to a model, one file per method."""

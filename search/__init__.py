@@ -1,0 +1,1 @@
+"""The search: configuration in, trials through, front and champion out."""
