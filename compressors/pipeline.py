@@ -40,7 +40,7 @@ class Context:
     train: Callable[[], Iterable[Batch]]
     calibration: Callable[[], Iterable[Batch]]
     loss: Callable[[Tensor, Tensor], Tensor] | None
-    progress: Callable[[str], None] = lambda text: None
+    progress: Callable[[str], None] = lambda _text: None
 
 
 @dataclass(frozen=True)

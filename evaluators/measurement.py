@@ -1,4 +1,4 @@
-"""What a number must be before it counts: a value with its unit, direction, sample size and band; standard library only."""
+"""What a number must be before it counts: value, unit, direction, sample size, band; standard library only."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from compressors.plan import Scalar
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What an evaluator promises to measure: `name` carries the unit where there is one; `direction` is what is better."""
+    """What an evaluator promises to measure: the name carries the unit; `direction` says what is better."""
 
     name: str
     unit: str
@@ -40,7 +40,7 @@ class Measurement:
         low, high = self.interval
         if not all(map(math.isfinite, (self.value, low, high))):
             raise ValueError(
-                f"{self.metric.name} is {self.value} [{low}, {high}]: a failed trial is recorded with a reason, not as a number"
+                f"{self.metric.name} is {self.value} [{low}, {high}]: a failure is recorded with its reason, not as a number"
             )
         if not low <= self.value <= high:
             raise ValueError(f"{self.metric.name} is {self.value}, outside its band [{low}, {high}]")

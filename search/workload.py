@@ -32,13 +32,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Train teaches, calibration sets ranges, validation steers the search, test is opened once, for the champion."""
+    """Train teaches, calibration sets ranges, validation steers the search, test is opened once, for the champion.
+
+    `augment` varies a batch of training inputs `(n, ...)` without changing what they show.
+    """
 
     train: Split
     calibration: Split
     validation: Split
     test: Split
     classes: tuple[str, ...] = ()
+    augment: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class Workload:
     model: nn.Module
     splits: Splits
     task: Task
-    augment: Callable[[Tensor], Tensor] | None = None
 
     @property
     def example(self) -> tuple[Tensor, ...]:
