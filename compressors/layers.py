@@ -40,8 +40,7 @@ def _macs(module: nn.Module, output: Tensor) -> int:
     if isinstance(module, nn.Embedding):
         return 0
     weight = module.get_parameter("weight")
-    positions = output.numel() // weight.shape[0]
-    return positions * weight[0].numel()
+    return output.numel() * weight[0].numel()
 
 
 def _specs(model: nn.Module, macs: dict[str, int], batch: int) -> Iterator[LayerSpec]:

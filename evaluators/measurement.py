@@ -40,7 +40,7 @@ class Measurement:
         low, high = self.interval
         if not all(map(math.isfinite, (self.value, low, high))):
             raise ValueError(
-                f"{self.metric.name} is {self.value} [{low}, {high}]: a failure is recorded with its reason, not as a number"
+                f"{self.name} is {self.value} [{low}, {high}]: a failure is recorded with its reason, not as a number"
             )
         if not low <= self.value <= high:
             raise ValueError(f"{self.metric.name} is {self.value}, outside its band [{low}, {high}]")

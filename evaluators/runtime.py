@@ -1,4 +1,4 @@
-"""What a runtime must offer, and what it hands to the evaluators: files that are really deployed, and how to run them."""
+"""What a runtime must offer, and what it hands to the evaluators: deployed files, and how to run them."""
 
 import hashlib
 from collections.abc import Callable, Mapping

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 
 def _conv(inputs: int, outputs: int, groups: int = 1) -> nn.Sequential:
