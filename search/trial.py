@@ -1,10 +1,20 @@
-"""One trial from plan to record; the only place where a failure of a candidate is caught."""
+"""One trial from plan to record: compress, deploy, measure; reads the workload, writes nothing but deployed files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+
+from compressors.errors import Infeasible
+from compressors.pipeline import Artifact, Batch, Compressor, Context, PrefixStore, compress
 from compressors.plan import CompressionPlan, Scalar, Settings
+from evaluators.evaluation import Evaluator, Examples
 from evaluators.measurement import Measurement
+from evaluators.runtime import Deployed, Runtime
+from search.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -34,3 +44,102 @@ class TrialRecord:
     def values(self, metrics: Sequence[str]) -> tuple[Measurement, ...]:
         """The measurements of these names, in this order."""
         return tuple(map(self.value, metrics))
+
+
+@dataclass
+class Clock:
+    """Seconds per phase, and the name of the phase that runs now."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    phase: str = ""
+    watch: Callable[[str], None] = lambda _phase: None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Account for one phase; it stays named in `phase` if it raises."""
+        self.phase = phase
+        self.watch(phase)
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every trial of a study has in common."""
+
+    workload: Workload
+    compressors: Mapping[str, Compressor]
+    runtimes: Mapping[str, Runtime]
+    evaluators: Mapping[str, Evaluator]
+    environment: Mapping[str, Scalar]
+    cache: Path
+    store: PrefixStore | None = None
+    batch: int = 64
+
+    def run(
+        self, number: int, plan: CompressionPlan, reference: Deployed, examples: Examples, folder: Path, clock: Clock
+    ) -> tuple[TrialRecord, Deployed | None]:
+        """Carry out one plan and leave its deployed files in `folder`; an infeasible one becomes a record too."""
+        artifact = deployed = reason = None
+        measurements: tuple[Measurement, ...] = ()
+        try:
+            artifact, deployed = self.realise(plan, folder, clock)
+            measurements = self.measure(deployed, reference, examples, clock)
+        except Infeasible as infeasible:
+            reason = infeasible.reason
+        achieved = artifact.achieved if artifact else {}
+        record = TrialRecord(number, plan, measurements, reason, clock.seconds, achieved, self.environment)
+        return record, deployed
+
+    def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
+        """Compress and deploy; `folder` must be empty."""
+        context = self._context(clock)
+        with clock.timed("compress"):
+            artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
+        with clock.timed("deploy"):
+            deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
+        return artifact, deployed
+
+    def measure(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock
+    ) -> tuple[Measurement, ...]:
+        """What every evaluator says of the deployed files."""
+        measurements: list[Measurement] = []
+        for name, evaluator in self.evaluators.items():
+            with clock.timed(name):
+                measurements.extend(evaluator.measure(deployed, reference, examples))
+        return tuple(measurements)
+
+    def examples(self, split: str) -> Examples:
+        """One split as arrays, with the uncompressed torch model's answers."""
+        chosen = getattr(self.workload.splits, split)
+        with torch.no_grad():
+            original = torch.cat([self.workload.model(*inputs) for inputs, _ in chosen.batches(self.batch)])
+        return Examples(
+            split=split,
+            inputs=tuple(x.numpy() for x in chosen.inputs),
+            targets=None if chosen.targets is None else chosen.targets.numpy(),
+            original=original.float().numpy(),
+        )
+
+    def close(self) -> None:
+        """Let every evaluator give back what it holds."""
+        for evaluator in self.evaluators.values():
+            evaluator.close()
+
+    def _context(self, clock: Clock) -> Context:
+        splits = self.workload.splits
+
+        def train() -> Iterator[Batch]:
+            for inputs, target in splits.train.batches(self.batch, shuffle=True):
+                yield (tuple(map(splits.augment, inputs)) if splits.augment else inputs), target
+
+        return Context(
+            teacher=self.workload.model,
+            example=self.workload.example,
+            train=train,
+            calibration=lambda: splits.calibration.batches(self.batch),
+            loss=self.workload.task.loss,
+            progress=lambda text: clock.watch(f"{clock.phase}: {text}"),
+        )

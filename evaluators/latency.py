@@ -1,0 +1,141 @@
+"""Latency as the median of paired ratios to the uncompressed reference, with a band; the timing is `stopwatch.py`'s."""
+
+import fcntl
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from compressors.errors import Infeasible
+from compressors.plan import Scalar
+from evaluators.evaluation import Examples
+from evaluators.measurement import Measurement, Metric
+from evaluators.runtime import Deployed
+from evaluators.stopwatch import Reading, Stopwatch, Timing
+
+RATIO = Metric("latency_ratio", "of reference", "minimize")
+MILLISECONDS = Metric("latency_ms", "ms", "minimize")
+
+
+@dataclass
+class Latency:
+    """Time per call, candidate against reference in turn, in a process of its own, pinned to one core.
+
+    `sessions` times both files are loaded afresh, because the same file runs a few per cent faster or slower from one
+    load to the next; each session has `rounds` rounds of `warmup` untimed and `calls` timed calls of each. A reading
+    is thrown away when the reference strays more than `drift` from its calibrated time, at most `retries` times.
+    `core` -1 is the last core of this process. One reading runs at a time on a host, whatever the number of searches.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    core: int = -1
+    sessions: int = 4
+    rounds: int = 6
+    warmup: int = 5
+    calls: int = 10
+    seconds: float = 12.0
+    drift: float = 0.10
+    retries: int = 6
+    _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
+    _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """`latency_ratio` to the reference, and the same reading in `latency_ms` per call of the whole batch."""
+        return (RATIO, MILLISECONDS)
+
+    def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
+        """Time the first `batch` examples; raises `Infeasible` when the machine does not hold still."""
+        inputs = tuple(np.resize(x[: self.batch], (self.batch, *x.shape[1:])) for x in examples.inputs)
+        timing = Timing(self.batch, self.threads, self.sessions, self.rounds, self.warmup, self.calls, self.seconds)
+        reading = self._steady(deployed, reference, inputs, timing)
+        conditions: dict[str, Scalar] = {
+            "batch": self.batch,
+            "threads": self.threads,
+            "reference": f"{reference.runtime.name} {reference.precision}",
+            "reference_ms": round(reading.reference_ms, 6),
+            "sessions": len(reading.ratios),
+        }
+        low, value, high = band(reading.ratios)
+        n = sum(map(len, reading.ratios))
+        return (
+            Measurement(RATIO, value, (low, high), n, conditions),
+            Measurement(MILLISECONDS, *_in_ms(reading, low, value, high), n, conditions),
+        )
+
+    def close(self) -> None:
+        """End the timing process."""
+        if self._stopwatch is not None:
+            self._stopwatch.close()
+            self._stopwatch = None
+
+    def _steady(
+        self, deployed: Deployed, reference: Deployed, inputs: tuple[np.ndarray, ...], timing: Timing
+    ) -> Reading:
+        """Repeat until the reference is at its calibrated speed, or has clearly settled at a new one."""
+        self._stopwatch = self._stopwatch or Stopwatch(self.core)
+        seen: list[float] = []
+        for attempt in range(self.retries):
+            with _host_lock():
+                reading = self._stopwatch.read(deployed, reference, inputs, timing)
+            now = reading.reference_ms
+            usual = self._calibrated.setdefault(reference.sha256, now)
+            if abs(now / usual - 1) <= self.drift:
+                return reading
+            # A processor that changed its clock for good would otherwise lose every later trial.
+            if len(seen) >= 2 and max(*seen[-2:], now) / min(*seen[-2:], now) - 1 <= self.drift / 2:
+                self._calibrated[reference.sha256] = now
+                return reading
+            seen.append(now)
+            time.sleep(0.5 * 2**attempt)
+        raise Infeasible(
+            f"the reference took {', '.join(f'{ms:.3g}' for ms in seen)} ms instead of {usual:.3g} ms in "
+            f"{self.retries} readings: the machine is too busy to time anything"
+        )
+
+
+def band(sessions: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """The median over all rounds with a 95 % band: what one more session would read.
+
+    Rounds within a session agree closer than sessions do, so the band rests on the session medians alone: a t interval
+    for the next one, in logarithms because ratios multiply. The spread of the rounds is its least width.
+    """
+    rounds = sorted(ratio for session in sessions for ratio in session)
+    value = statistics.median(rounds)
+    logs = [math.log(statistics.median(session)) for session in sessions]
+    half = _order_statistic_half_width(rounds, value)
+    if len(logs) > 1:
+        t = _T95[min(len(logs) - 1, len(_T95)) - 1]
+        half = max(half, t * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs)))
+    return value * math.exp(-half), value, value * math.exp(half)
+
+
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def _order_statistic_half_width(rounds: Sequence[float], median: float) -> float:
+    """Half of the distribution-free 95 % interval of a median, in logarithms."""
+    n = len(rounds)
+    depth = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return max(math.log(median / rounds[depth]), math.log(rounds[n - 1 - depth] / median))
+
+
+def _in_ms(reading: Reading, low: float, value: float, high: float) -> tuple[float, tuple[float, float]]:
+    ms = reading.candidate_ms
+    return ms, (ms * low / value, ms * high / value)
+
+
+@contextmanager
+def _host_lock() -> Iterator[None]:
+    """One reading at a time on this host; the system frees the lock of a process that died."""
+    path = Path(tempfile.gettempdir()) / "compareto-latency.lock"
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,193 @@
+"""Times two deployed models in turn in a process of its own, pinned to one core; knows nothing of statistics.
+
+The parent talks to `python -m evaluators.stopwatch` in lines of JSON, so that no script of the user's is imported again
+and nothing is pickled.
+"""
+
+import importlib
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressors.errors import Infeasible
+from evaluators.runtime import Array, Deployed, Session
+
+PATIENCE_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How to time; see `Latency` for the meaning of each. `seconds` bounds the timed part of one reading."""
+
+    batch: int
+    threads: int
+    sessions: int
+    rounds: int
+    warmup: int
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """`ratios[session][round]` of candidate to reference, and the median milliseconds of each."""
+
+    ratios: tuple[tuple[float, ...], ...]
+    reference_ms: float
+    candidate_ms: float
+
+
+class Stopwatch:
+    """Owns the timing process, pinned to `core` of those it may use; started on first use and again after it died."""
+
+    def __init__(self, core: int) -> None:
+        self._core = core
+        self._process: subprocess.Popen[str] | None = None
+
+    def read(self, candidate: Deployed, reference: Deployed, inputs: Sequence[Array], timing: Timing) -> Reading:
+        """Time both; raises `Infeasible` when a file crashes the process or never answers."""
+        with tempfile.TemporaryDirectory() as folder:
+            for i, x in enumerate(inputs):
+                np.save(Path(folder) / f"{i}.npy", x, allow_pickle=False)
+            answer = self._ask(
+                {
+                    "candidate": _describe(candidate),
+                    "reference": _describe(reference),
+                    "inputs": [str(Path(folder) / f"{i}.npy") for i in range(len(inputs))],
+                    "timing": asdict(timing),
+                }
+            )
+        rounds = [pair for session in answer["sessions"] for pair in session]
+        return Reading(
+            ratios=tuple(tuple(c / r for r, c in session) for session in answer["sessions"]),
+            reference_ms=1e3 * statistics.median(r for r, _ in rounds),
+            candidate_ms=1e3 * statistics.median(c for _, c in rounds),
+        )
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, question: Mapping[str, Any]) -> Any:
+        process = self._process = self._process or _start(self._core)
+        assert process.stdin is not None  # noqa: S101  both are pipes
+        assert process.stdout is not None  # noqa: S101
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
+            line = process.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = process.poll()
+            self.close()
+            how = f"gave no answer in {PATIENCE_S} s" if code is None else f"died with exit code {code}"
+            raise Infeasible(f"timing {question['candidate']['folder']}: the process {how}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Infeasible(f"timing failed: {answer['error']}")
+        return answer
+
+
+def _start(core: int) -> "subprocess.Popen[str]":
+    # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "evaluators.stopwatch", str(core)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def _describe(deployed: Deployed) -> dict[str, str]:
+    loader: Any = deployed.runtime.loader()
+    return {
+        "module": loader.__module__,
+        "function": loader.__name__,
+        "folder": str(deployed.folder),
+        "precision": deployed.precision,
+    }
+
+
+def _serve() -> None:
+    """Answer questions until the pipe closes; whatever the runtimes print goes to stderr."""
+    _pin(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            answer = _time(json.loads(line))
+        except Exception as error:  # noqa: BLE001  a file that cannot be run must not take the process down
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _time(question: Mapping[str, Any]) -> dict[str, Any]:
+    timing = Timing(**question["timing"])
+    inputs = [np.load(path, allow_pickle=False) for path in question["inputs"]]
+    # Reference and candidate share the time evenly over the sessions.
+    bound = timing.seconds / timing.sessions
+    return {"sessions": [_session(question, inputs, timing, bound) for _ in range(timing.sessions)]}
+
+
+def _session(
+    question: Mapping[str, Any], inputs: Sequence[Array], timing: Timing, bound: float
+) -> list[tuple[float, float]]:
+    """One fresh load of both files: seconds per call `(reference, candidate)` in each round."""
+    reference = _load(question["reference"], timing)
+    candidate = _load(question["candidate"], timing)
+    for session in (reference, candidate):
+        _calls(session, inputs, timing.warmup)
+    pairs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(pairs) < timing.rounds and (not pairs or time.perf_counter() - began < bound):
+        pairs.append((_median_call(reference, inputs, timing), _median_call(candidate, inputs, timing)))
+    return pairs
+
+
+def _median_call(session: Session, inputs: Sequence[Array], timing: Timing) -> float:
+    """Seconds; the untimed calls bring weights and code back into the caches after the other model ran."""
+    _calls(session, inputs, timing.warmup)
+    return statistics.median(_calls(session, inputs, timing.calls))
+
+
+def _calls(session: Session, inputs: Sequence[Array], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        session(*inputs)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _load(description: Mapping[str, str], timing: Timing) -> Session:
+    load: Callable[..., Session] = getattr(importlib.import_module(description["module"]), description["function"])
+    return load(description["folder"], description["precision"], timing.batch, timing.threads)
+
+
+def _pin(core: int) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[core % len(allowed)]})
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,331 @@
+"""The search space: knobs with real values and readable names, and how an Optuna trial becomes a plan."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from optuna.trial import BaseTrial
+
+from compressors.errors import ConfigError
+from compressors.pipeline import Compressor, Stage
+from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
+from evaluators.runtime import Runtime, Support
+
+GRANULARITIES = ("layer", "block", "model")
+RUNTIME_KNOB = "deploy.runtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One question to the sampler: either `choices`, or a range from `low` to `high` (whole numbers if both are).
+
+    `owners` are the layers or tied groups that take its answer; none for a setting shared by the whole step. With
+    `when`, it is asked only if one of the method's deciding knobs answered just that.
+    """
+
+    name: str
+    method: str
+    key: str
+    owners: tuple[str, ...] = ()
+    choices: tuple[Scalar, ...] = ()
+    low: float = 0
+    high: float = 0
+    step: float | None = None
+    log: bool = False
+    when: Scalar | None = None
+
+    def suggest(self, trial: BaseTrial) -> Scalar:
+        """Ask a live, frozen or fixed trial."""
+        if self.choices:
+            return cast(Scalar, trial.suggest_categorical(self.name, self.choices))
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(self.name, self.low, self.high, step=int(self.step or 1), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
+
+    def middle(self) -> Scalar:
+        """The value to take when nothing is known: the middle choice, or the middle of the range."""
+        if self.choices:
+            return self.choices[len(self.choices) // 2]
+        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        if self.step:
+            middle = self.low + round((middle - self.low) / self.step) * self.step
+        return round(middle) if isinstance(self.low, int) and isinstance(self.high, int) else middle
+
+    def last(self) -> Scalar:
+        """The strongest value, by the convention that choices are listed from weak to strong."""
+        return self.choices[-1] if self.choices else self.high
+
+
+@dataclass(frozen=True)
+class Method:
+    """The knobs of one compressor; it drops out of the plan when all its `deciding` knobs are at `off`."""
+
+    name: str
+    stage: Stage
+    deciding: tuple[Knob, ...]
+    others: tuple[Knob, ...]
+    off: tuple[str, Scalar]
+    needs_structure: bool = False
+
+    def step(self, pick: Callable[[Knob], Scalar]) -> Step | None:
+        """Ask the deciding knobs, then the others only if anything is on."""
+        answers = [(knob, pick(knob)) for knob in self.deciding]
+        answers = [(knob, value) for knob, value in answers if value != self.off[1]]
+        if not answers:
+            return None
+        given = [value for _, value in answers]
+        asked = [knob for knob in self.others if knob.when is None or knob.when in given]
+        return self._assemble([*answers, *((knob, pick(knob)) for knob in asked)])
+
+    def _assemble(self, answers: Iterable[tuple[Knob, Scalar]]) -> Step:
+        per_layer: dict[str, dict[str, Scalar]] = {}
+        shared: dict[str, Scalar] = {}
+        for knob, value in answers:
+            if not knob.owners:
+                shared[knob.key] = value
+            for owner in knob.owners:
+                per_layer.setdefault(owner, {})[knob.key] = value
+        return Step(self.name, per_layer, shared)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every plan the search may propose: methods in stage order, runtimes with their rest precisions."""
+
+    methods: tuple[Method, ...]
+    targets: Mapping[str, tuple[str, ...]]
+    seed: int = 0
+
+    def sample(self, trial: BaseTrial) -> CompressionPlan:
+        """The plan a trial stands for; knobs that do not apply are never asked."""
+        return self.plan(lambda knob: knob.suggest(trial))
+
+    def plan(self, pick: Callable[[Knob], Scalar]) -> CompressionPlan:
+        """The plan that follows from any way of answering knobs."""
+        steps: list[Step] = []
+        structural = False
+        for method in self.methods:
+            if method.needs_structure and not structural:
+                continue
+            step = method.step(pick)
+            if step is not None:
+                steps.append(step)
+                structural |= method.stage is Stage.STRUCTURE
+        return CompressionPlan(self._target(pick), tuple(steps), self.seed)
+
+    def _target(self, pick: Callable[[Knob], Scalar]) -> Target:
+        runtime = str(_only_or_pick(RUNTIME_KNOB, tuple(self.targets), pick))
+        precision = _only_or_pick(f"deploy.precision@{runtime}", self.targets[runtime], pick)
+        return Target(runtime, str(precision))
+
+    def baselines(self) -> Iterator[dict[str, Scalar]]:
+        """Answers for the uncompressed model, on every runtime at every rest precision."""
+        for runtime, precisions in self.targets.items():
+            for precision in precisions:
+                yield self._answers(Target(runtime, precision), {})
+
+    def uniform(self) -> Iterator[dict[str, Scalar]]:
+        """Answers for each method alone, each of its values on all layers alike, on every runtime.
+
+        Recovery methods come along at full strength wherever the structure changes; everything else is off.
+        """
+        for method in self.methods:
+            if method.needs_structure:
+                continue
+            for value in _levels(method):
+                for runtime, precisions in self.targets.items():
+                    yield self._answers(Target(runtime, precisions[-1]), {method.name: value})
+
+    def _answers(self, target: Target, wanted: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        answers: dict[str, Scalar] = {}
+        methods = {method.name: method for method in self.methods}
+
+        def pick(knob: Knob) -> Scalar:
+            answers[knob.name] = value = choose(knob)
+            return value
+
+        def choose(knob: Knob) -> Scalar:
+            if knob.method == "deploy":
+                return target.runtime if knob.name == RUNTIME_KNOB else target.precision
+            method = methods[knob.method]
+            if knob not in method.deciding:
+                return knob.middle()
+            if method.needs_structure:
+                return knob.last()
+            value = wanted.get(knob.method, method.off[1])
+            return value if not knob.choices or value in knob.choices else method.off[1]
+
+        self.plan(pick)
+        return answers
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever a knob, a choice or a runtime does: a study belongs to one space."""
+        return digest([[asdict(m) for m in self.methods], {k: list(v) for k, v in self.targets.items()}, self.seed])
+
+
+def _only_or_pick(name: str, choices: tuple[str, ...], pick: Callable[[Knob], Scalar]) -> Scalar:
+    return choices[0] if len(choices) == 1 else pick(Knob(name, "deploy", name.split(".")[1], choices=choices))
+
+
+def _levels(method: Method) -> list[Scalar]:
+    """Every value but `off` that a deciding knob can take, in the order of their first mention."""
+    levels: dict[Scalar, None] = {}
+    for knob in method.deciding:
+        for value in knob.choices or (knob.low, knob.middle(), knob.high):
+            levels[value] = None
+    levels.pop(method.off[1], None)
+    return list(levels)
+
+
+def build_space(
+    spaces: Mapping[str, Mapping[str, Any]],
+    compressors: Mapping[str, Compressor],
+    groups: Mapping[str, Mapping[str, tuple[str, ...]]],
+    layers: Sequence[LayerSpec],
+    runtimes: Mapping[str, Runtime],
+    seed: int = 0,
+) -> SearchSpace:
+    """Turn the `space:` blocks into knobs and check them against the model's layers and the runtimes' kernels.
+
+    `groups` is method -> what its `groups()` said. Raises `ConfigError` for anything that could only fail later.
+    """
+    kinds = {layer.name: layer.kind for layer in layers}
+    methods = []
+    for name, compressor in compressors.items():
+        methods.append(_method(name, compressor, dict(spaces[name]), groups[name], kinds))
+    methods.sort(key=lambda method: method.stage)
+    for method in methods:
+        _check_kernels(method, kinds, runtimes)
+    return SearchSpace(tuple(methods), {name: runtime.precisions() for name, runtime in runtimes.items()}, seed)
+
+
+def _method(
+    name: str,
+    compressor: Compressor,
+    space: dict[str, Any],
+    groups: Mapping[str, tuple[str, ...]],
+    kinds: Mapping[str, str],
+) -> Method:
+    when = space.pop("when", None)
+    if when not in (None, "structure"):
+        raise ConfigError(
+            f"compressor.{name}.space.when", f"{when!r} is no condition", "use 'structure' or leave it out"
+        )
+    knobs = [k for key, entry in space.items() for k in _knobs(name, key, entry, groups, kinds)]
+    deciding = tuple(k for k in knobs if k.key == compressor.off[0])
+    if not deciding:
+        raise ConfigError(
+            f"compressor.{name}.space",
+            f"says nothing about {compressor.off[0]!r}, which turns the method on"
+            + ("" if groups or compressor.off[0] not in space else ", for any layer of this model"),
+            f"give it choices, or leave {name} out of compressor=[...]",
+        )
+    others = tuple(k for k in knobs if k.key != compressor.off[0])
+    return Method(name, compressor.stage, deciding, others, compressor.off, when == "structure")
+
+
+def _knobs(
+    method: str, key: str, entry: Any, groups: Mapping[str, tuple[str, ...]], kinds: Mapping[str, str]
+) -> Iterator[Knob]:
+    path = f"compressor.{method}.space.{key}"
+    if not isinstance(entry, Mapping):
+        raise ConfigError(path, f"is {entry!r}", "write {choices: [...]} or {low: .., high: ..}")
+    entry = dict(entry)
+    granularity, include, exclude = (
+        entry.pop("granularity", None),
+        entry.pop("include", ["*"]),
+        entry.pop("exclude", []),
+    )
+    if granularity is None:
+        yield Knob(f"{method}.{key}", method, key, **_values(path, entry, kind=None))
+        return
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f"{path}.granularity", f"is {granularity!r}", f"use one of {', '.join(GRANULARITIES)}")
+    owners = _matching(path, groups, include, exclude)
+    for label, members in _by_granularity(granularity, owners).items():
+        by_kind: dict[str, list[str]] = {}
+        for owner in members:
+            by_kind.setdefault(kinds[owner] if isinstance(entry.get("choices"), Mapping) else "", []).append(owner)
+        for kind, same in by_kind.items():
+            name = f"{method}.{key}@{label}" + (f":{kind}" if len(by_kind) > 1 else "")
+            yield Knob(name, method, key, tuple(same), **_values(path, entry, kind))
+
+
+def _values(path: str, entry: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    unknown = set(entry) - {"choices", "low", "high", "step", "log", "when"}
+    if unknown:
+        raise ConfigError(
+            path, f"has the unknown field {min(unknown)!r}", "use choices, or low, high, step, log; and when"
+        )
+    if "choices" in entry:
+        choices = entry["choices"]
+        if isinstance(choices, Mapping):
+            if kind not in choices:
+                raise ConfigError(
+                    f"{path}.choices", f"has no entry for {kind} layers", f"add {kind}: [...] or exclude these layers"
+                )
+            choices = choices[kind]
+        if not choices:
+            raise ConfigError(f"{path}.choices", "is empty", "give at least one value")
+        return {"choices": tuple(choices), "when": entry.get("when")}
+    if "low" not in entry or "high" not in entry or entry["low"] > entry["high"]:
+        raise ConfigError(path, f"is {dict(entry)}", "give choices, or low and high with low <= high")
+    return {k: entry[k] for k in ("low", "high", "step", "log", "when") if k in entry}
+
+
+def _matching(
+    path: str, groups: Mapping[str, tuple[str, ...]], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Owners of which any member layer is included and none excluded; every pattern must match something."""
+    names = [layer for members in groups.values() for layer in members]
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                shown = ", ".join(names[:4]) or "none"
+                raise ConfigError(
+                    f"{path}.{field}", f"{pattern!r} matches no layer", f"layers it could match: {shown}, ..."
+                )
+
+    def hit(members: tuple[str, ...], patterns: Sequence[str]) -> bool:
+        return any(fnmatch.filter(members, pattern) for pattern in patterns)
+
+    return [owner for owner, members in groups.items() if hit(members, include) and not hit(members, exclude)]
+
+
+def _by_granularity(granularity: str, owners: Sequence[str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for owner in owners:
+        label = {"layer": owner, "block": block_of(owner), "model": "model"}[granularity]
+        grouped.setdefault(label, []).append(owner)
+    return grouped
+
+
+def block_of(name: str) -> str:
+    """The repeated block a layer belongs to: its name up to the first number, or else its parent module."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) or name
+
+
+def _check_kernels(method: Method, kinds: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> None:
+    """A key named `bits` is a layer's width, whatever the method: every runtime in the space must take it."""
+    for knob in method.deciding + method.others:
+        if knob.key != "bits":
+            continue
+        for kind in sorted({kinds[owner] for owner in knob.owners}):
+            for runtime in runtimes.values():
+                for bits in knob.choices:
+                    if runtime.support(kind, int(bits)) is Support.REFUSED:
+                        possible = [
+                            b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED
+                        ]
+                        raise ConfigError(
+                            f"compressor.{method.name}.space.bits",
+                            f"{bits} bits for {kind} layers ({knob.owners[0]}) has no kernel in {runtime.name}",
+                            f"{runtime.name} takes {possible} for {kind}; or leave {runtime.name} out of runtime=[...]",
+                        )

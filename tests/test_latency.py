@@ -1,0 +1,157 @@
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compressors.errors import Infeasible
+from evaluators import latency as latency_module
+from evaluators.evaluation import Examples
+from evaluators.latency import Latency, band
+from evaluators.memory import Memory
+from evaluators.stopwatch import Reading, Stopwatch, Timing
+from tests.fakes import FakeRuntime, deployed
+
+X = np.zeros((4, 2), np.float32)
+DATA = Examples("validation", (X,), None, X)
+TIMING = Timing(batch=1, threads=1, sessions=2, rounds=3, warmup=1, calls=3, seconds=5)
+
+
+def test_the_ratio_of_a_file_that_is_four_times_faster(tmp_path: Path) -> None:
+    fast, slow = deployed(FakeRuntime(seconds=0.001), tmp_path), deployed(FakeRuntime(seconds=0.004), tmp_path)
+    timer = Latency(sessions=3, rounds=4, warmup=1, calls=3, drift=0.5)
+    try:
+        ratio, milliseconds = timer.measure(fast, slow, DATA)
+    finally:
+        timer.close()
+    # Busy waiting is exact but for what else the machine does.
+    assert ratio.value == pytest.approx(0.25, rel=0.1)
+    assert milliseconds.value == pytest.approx(1.0, rel=0.2)
+    assert ratio.interval[0] <= ratio.value <= ratio.interval[1]
+    assert ratio.n == 12
+    assert ratio.conditions["reference"] == "fake fp32"
+
+
+def test_the_timing_process_starts_again_after_it_was_killed(tmp_path: Path) -> None:
+    file = deployed(FakeRuntime(seconds=0.0005), tmp_path)
+    watch = Stopwatch(core=-1)
+    try:
+        assert len(watch.read(file, file, [X[:1]], TIMING).ratios) == 2
+        assert watch._process is not None
+        os.kill(watch._process.pid, signal.SIGKILL)
+        watch._process.wait()
+        with pytest.raises(Infeasible, match="died with exit code -9"):
+            watch.read(file, file, [X[:1]], TIMING)
+        assert len(watch.read(file, file, [X[:1]], TIMING).ratios) == 2
+    finally:
+        watch.close()
+
+
+def test_a_file_that_cannot_be_loaded_is_infeasible_and_the_process_lives(tmp_path: Path) -> None:
+    good, bad = deployed(FakeRuntime(), tmp_path), deployed(FakeRuntime(scale=2.0), tmp_path)
+    (bad.folder / "model.json").write_text("{")
+    watch = Stopwatch(core=-1)
+    try:
+        with pytest.raises(Infeasible, match="JSONDecodeError"):
+            watch.read(bad, good, [X[:1]], TIMING)
+        assert watch.read(good, good, [X[:1]], TIMING).candidate_ms > 0
+    finally:
+        watch.close()
+
+
+class Scripted:
+    """A stopwatch that reads prepared reference times."""
+
+    def __init__(self, reference_ms: list[float]) -> None:
+        self.left = reference_ms
+
+    def read(self, *_: object) -> Reading:
+        ms = self.left.pop(0)
+        return Reading(((0.5, 0.5), (0.5, 0.5)), ms, ms / 2)
+
+
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_module.time, "sleep", lambda _s: None)
+
+
+def scripted(reference_ms: list[float]) -> Latency:
+    timer = Latency(retries=4)
+    timer._stopwatch = Scripted(reference_ms)  # type: ignore[assignment]
+    return timer
+
+
+def test_a_reading_with_a_drifting_reference_is_thrown_away(tmp_path: Path, no_sleep: None) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    timer = scripted([1.0, 1.3, 1.02])
+    timer.measure(file, file, DATA)
+    ratio, _ = timer.measure(file, file, DATA)
+    assert ratio.conditions["reference_ms"] == 1.02
+
+
+def test_a_machine_that_settled_at_a_new_speed_is_believed(tmp_path: Path, no_sleep: None) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    timer = scripted([1.0, 1.30, 1.31, 1.29, 1.32])
+    timer.measure(file, file, DATA)
+    assert timer.measure(file, file, DATA)[0].conditions["reference_ms"] == 1.29
+    assert timer.measure(file, file, DATA)[0].conditions["reference_ms"] == 1.32
+
+
+def test_a_machine_that_never_settles_gives_no_number(tmp_path: Path, no_sleep: None) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    timer = scripted([1.0, 1.3, 2.0, 1.5, 3.0])
+    timer.measure(file, file, DATA)
+    with pytest.raises(Infeasible, match="too busy"):
+        timer.measure(file, file, DATA)
+
+
+def test_the_band_covers_a_further_session_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        sessions = [
+            [math.exp(shift + rng.normal(0, 0.01)) for _ in range(6)]
+            for shift in (rng.normal(0, 0.02) for _ in range(4))
+        ]
+        shift = rng.normal(0, 0.02)
+        further = statistics.median(math.exp(shift + rng.normal(0, 0.01)) for _ in range(6))
+        low, _, high = band(sessions)
+        covered += bool(low <= further <= high)
+    assert 0.92 <= covered / 1000 <= 0.99
+
+
+def test_one_reading_at_a_time_on_a_host() -> None:
+    order: list[str] = []
+
+    def hold() -> None:
+        with latency_module._host_lock():
+            order.append("held")
+            time.sleep(0.2)
+            order.append("released")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    time.sleep(0.05)
+    with latency_module._host_lock():
+        order.append("mine")
+    thread.join()
+    assert order == ["held", "released", "mine"]
+
+
+def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    (found,) = Memory(processes=2).measure(file, file, DATA)
+    assert found.n == 2
+    assert 0 <= found.interval[0] <= found.value <= found.interval[1] < 500e6
+
+
+def test_memory_of_a_broken_file_is_infeasible(tmp_path: Path) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    (file.folder / "model.json").write_text("{")
+    with pytest.raises(Infeasible, match="exit code 1: json"):
+        Memory(processes=1).measure(file, file, DATA)

@@ -1,0 +1,212 @@
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import FixedTrial
+from torch import Tensor, nn
+
+from compressors.errors import ConfigError
+from compressors.pipeline import Applied, Context, Stage
+from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step
+from evaluators.runtime import Support
+from search.space import SearchSpace, block_of, build_space
+
+
+class Fake:
+    def __init__(self, method: str, stage: Stage, off: tuple[str, Scalar]) -> None:
+        self.method, self.stage, self.off = method, stage, off
+
+    def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
+        return {}
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        return Applied({})
+
+
+class FakeRuntime:
+    kernels: ClassVar = {("conv", 8), ("linear", 8), ("linear", 4)}
+
+    def __init__(self, name: str, precisions: tuple[str, ...]) -> None:
+        self.name, self._precisions = name, precisions
+
+    def precisions(self) -> tuple[str, ...]:
+        return self._precisions
+
+    def support(self, kind: str, bits: int) -> Support:
+        return Support.KERNEL if bits == 32 or (kind, bits) in self.kernels else Support.REFUSED
+
+
+LAYERS = tuple(
+    LayerSpec(name, kind, (8, 8), 64, 64)
+    for name, kind in [
+        ("stem", "conv"),
+        ("body.0.a", "conv"),
+        ("body.0.b", "conv"),
+        ("body.1.a", "conv"),
+        ("head", "linear"),
+    ]
+)
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "quantize": {layer.name: (layer.name,) for layer in LAYERS},
+    "prune": {"stem": ("stem", "body.0.b"), "body.0.a": ("body.0.a",)},
+    "distill": {},
+}
+SPACES: dict[str, dict[str, Any]] = {
+    "prune": {
+        "sparsity": {"choices": [0.0, 0.5, 0.75], "granularity": "layer"},
+        "align": {"choices": [4, 8]},
+    },
+    "distill": {
+        "when": "structure",
+        "epochs": {"choices": [0, 4, 8]},
+        "temperature": {"low": 1, "high": 8},
+        "learning_rate": {"low": 1e-3, "high": 1e-1, "log": True},
+    },
+    "quantize": {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "layer"},
+        "group_size": {"choices": [32, 64], "when": 4},
+    },
+}
+
+
+def space(**changes: Any) -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+        "prune": Fake("prune", Stage.STRUCTURE, ("sparsity", 0.0)),
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+    }
+    runtimes: dict[str, Any] = {
+        "one": FakeRuntime("one", ("fp32",)),
+        "two": FakeRuntime("two", ("fp32", "bf16")),
+    }
+    spaces = {name: {**entries, **changes.get(name, {})} for name, entries in SPACES.items()}
+    return build_space(spaces, compressors, GROUPS, LAYERS, runtimes, seed=3)
+
+
+def names(found: SearchSpace) -> list[str]:
+    return [knob.name for method in found.methods for knob in method.deciding + method.others]
+
+
+def test_names_are_readable_and_methods_stand_in_stage_order() -> None:
+    assert [m.name for m in space().methods] == ["prune", "distill", "quantize"]
+    assert names(space())[:3] == ["prune.sparsity@stem", "prune.sparsity@body.0.a", "prune.align"]
+    assert "quantize.bits@body.0.a" in names(space())
+
+
+def test_block_granularity_asks_once_per_block() -> None:
+    bits = {**SPACES["quantize"]["bits"], "granularity": "block"}
+    found = space(quantize={"bits": bits})
+    asked = [n for n in names(found) if n.startswith("quantize.bits")]
+    assert asked == ["quantize.bits@stem", "quantize.bits@body.0", "quantize.bits@body.1", "quantize.bits@head"]
+
+
+def test_model_granularity_asks_once_per_kind_with_other_choices() -> None:
+    bits = {**SPACES["quantize"]["bits"], "granularity": "model"}
+    asked = [n for n in names(space(quantize={"bits": bits})) if n.startswith("quantize.bits")]
+    assert asked == ["quantize.bits@model:conv", "quantize.bits@model:linear"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "block"),
+    [
+        ("conv1", "conv1"),
+        ("layer2.0.downsample.0", "layer2.0"),
+        ("encoder.layer.5.attention.query", "encoder.layer.5"),
+        ("features.3", "features.3"),
+        ("stem.conv", "stem"),
+    ],
+)
+def test_block_is_the_repeated_part_of_a_name(layer: str, block: str) -> None:
+    assert block_of(layer) == block
+
+
+def test_knobs_that_do_not_apply_are_never_asked() -> None:
+    off = {"prune.sparsity@stem": 0.0, "prune.sparsity@body.0.a": 0.0}
+    bits = {f"quantize.bits@{layer.name}": 32 for layer in LAYERS}
+    # FixedTrial raises for anything it has no value for: no align, epochs, temperature, group size, precision.
+    plan = space().sample(FixedTrial({**off, **bits, "deploy.runtime": "one"}))
+    assert plan == CompressionPlan(plan.target, (), seed=3)
+    assert (plan.target.runtime, plan.target.precision) == ("one", "fp32")
+
+
+def test_a_conditional_knob_is_asked_when_its_value_was_given() -> None:
+    off = {"prune.sparsity@stem": 0.0, "prune.sparsity@body.0.a": 0.0}
+    bits: dict[str, Any] = {f"quantize.bits@{layer.name}": 32 for layer in LAYERS} | {"quantize.bits@head": 4}
+    answers = {**off, **bits, "deploy.runtime": "two", "deploy.precision@two": "bf16", "quantize.group_size": 64}
+    (step,) = space().sample(FixedTrial(answers)).steps
+    assert step == Step("quantize", {"head": {"bits": 4}}, {"group_size": 64})
+
+
+def test_layers_left_alone_do_not_appear_in_the_plan() -> None:
+    answers = next(a for a in space().uniform() if a.get("prune.sparsity@stem") == 0.5)
+    plan = space().sample(FixedTrial(answers))
+    assert plan.steps[0].per_layer == {"stem": {"sparsity": 0.5}, "body.0.a": {"sparsity": 0.5}}
+    assert [step.method for step in plan.steps] == ["prune", "distill"]
+    assert plan.steps[1].shared["epochs"] == 8
+
+
+def test_baselines_are_the_uncompressed_model_on_every_target() -> None:
+    plans = [space().sample(FixedTrial(answers)) for answers in space().baselines()]
+    assert [(p.target.runtime, p.target.precision) for p in plans] == [
+        ("one", "fp32"),
+        ("two", "fp32"),
+        ("two", "bf16"),
+    ]
+    assert not any(p.steps for p in plans)
+
+
+def test_uniform_plans_use_one_method_at_one_strength() -> None:
+    plans = [space().sample(FixedTrial(answers)) for answers in space().uniform()]
+    numeric = [p for p in plans if p.steps[0].method == "quantize"]
+    assert {frozenset(s["bits"] for s in p.steps[0].per_layer.values()) for p in numeric} == {
+        frozenset({8}),
+        frozenset({4}),
+    }
+    assert len({p.digest for p in plans}) == len(plans)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_sampled_plan_is_the_same_when_its_trial_is_replayed(seed: int) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    trial = study.ask()
+    plan = space().sample(trial)
+    frozen = study.tell(trial, 0.0)
+    assert space().sample(FixedTrial(frozen.params)).digest == plan.digest
+    assert CompressionPlan.from_json(plan.to_json()).digest == plan.digest
+
+
+def test_the_digest_follows_the_space() -> None:
+    other = {"choices": [4, 8, 16]}
+    assert space().digest == space().digest
+    assert space(prune={"align": other}).digest != space().digest
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "words"),
+    [
+        ("quantize", {"bits": {"choices": [3, 32], "granularity": "layer"}}, "3 bits for conv layers"),
+        (
+            "quantize",
+            {"bits": {"choices": [8], "granularity": "layer", "include": ["stm*"]}},
+            "'stm*' matches no layer",
+        ),
+        ("prune", {"sparsity": {"choices": [0.5], "granularity": "layer", "exclude": ["x"]}}, "'x' matches no layer"),
+        ("prune", {"sparsity": {"choices": [0.5], "granularity": "channel"}}, "'channel'"),
+        ("prune", {"sparsity": {"choices": [], "granularity": "layer"}}, "is empty"),
+        ("prune", {"align": {"chioces": [4]}}, "'chioces'"),
+        ("prune", {"align": {"low": 8, "high": 4}}, "low <= high"),
+        ("prune", {"align": 4}, "is 4"),
+        ("distill", {"when": "sometimes"}, "'sometimes'"),
+        ("quantize", {"bits": {"choices": {"conv": [8]}, "granularity": "layer"}}, "no entry for linear layers"),
+    ],
+)
+def test_bad_spaces_are_refused_in_one_line(method: str, entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        space(**{method: entry})
+    assert words in str(caught.value)
+    assert f"compressor.{method}.space" in str(caught.value)
+    assert "\n" not in str(caught.value)
