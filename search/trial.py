@@ -1,5 +1,7 @@
 """One trial from plan to record: compress, deploy, measure; reads the workload, writes nothing but deployed files."""
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ import torch
 
 from compressors.errors import Infeasible
 from compressors.pipeline import Artifact, Batch, Compressor, Context, PrefixStore, compress
-from compressors.plan import CompressionPlan, Scalar, Settings
+from compressors.plan import CompressionPlan, Scalar, Settings, Target
 from evaluators.evaluation import Evaluator, Examples
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
@@ -100,6 +102,14 @@ class Workbench:
         with clock.timed("deploy"):
             deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
         return artifact, deployed
+
+    def reference(self, target: Target, clock: Clock) -> Deployed:
+        """The uncompressed model at `target`, kept in the cache: what latencies are ratios to."""
+        folder = self.cache / "reference" / target.runtime
+        with tempfile.TemporaryDirectory() as fresh:
+            _, deployed = self.realise(CompressionPlan(target), Path(fresh), clock)
+            shutil.copytree(fresh, folder, dirs_exist_ok=True)
+        return Deployed(deployed.runtime, folder, deployed.precision, deployed.inputs)
 
     def measure(
         self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock

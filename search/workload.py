@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
+from compressors.errors import ConfigError
 from compressors.pipeline import Batch
+
+SPLITS = ("train", "calibration", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,33 @@ class Splits:
     classes: tuple[str, ...] = ()
     augment: Callable[[Tensor], Tensor] | None = None
 
+    def named(self) -> dict[str, Split]:
+        """The four splits under the names that people use for them."""
+        return {name: getattr(self, name) for name in SPLITS}
+
+
+def checked(splits: Splits, path: str) -> Splits:
+    """The same splits, if every one can be used; `path` is the option they come from, for the message."""
+    for name, split in splits.named().items():
+        _check(split, len(splits.classes), f"{path}.{name}")
+    return splits
+
+
+def _check(split: Split, classes: int, path: str) -> None:
+    lengths = [len(x) for x in (*split.inputs, *([] if split.targets is None else [split.targets]))]
+    if not lengths or lengths[0] == 0:
+        raise ConfigError(path, "holds no example", "give every split at least one example")
+    if len(set(lengths)) > 1:
+        raise ConfigError(path, f"inputs and targets have {lengths} rows", "give each example one row in all of them")
+    for x in split.inputs:
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+            raise ConfigError(path, f"example {bad} holds NaN or infinity", "clean the data before the search")
+    if classes and split.targets is not None:
+        low, high = int(split.targets.min()), int(split.targets.max())
+        if low < 0 or high >= classes:
+            raise ConfigError(path, f"targets reach from {low} to {high}", f"{classes} classes are 0 to {classes - 1}")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -51,6 +82,16 @@ class Task:
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor] | None
+
+
+def classification() -> Task:
+    """One right class per example; outputs are logits `(n, classes)`."""
+    return Task("classification", F.cross_entropy)
+
+
+def fidelity() -> Task:
+    """No labels: a candidate is good when it says what the uncompressed model says."""
+    return Task("fidelity", None)
 
 
 @dataclass(frozen=True)
@@ -69,16 +110,19 @@ class Workload:
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of the weights and of each split: two workloads with equal ones are the same."""
-        prints = {"model": _sha256(self.model.state_dict().values())}
-        for name in ("train", "calibration", "validation", "test"):
-            split: Split = getattr(self.splits, name)
-            prints[f"data.{name}"] = _sha256((*split.inputs, *([] if split.targets is None else [split.targets])))
-        return prints
+        prints = {"model": tensors_digest(self.model.state_dict().values())}
+        return prints | {f"data.{name}": split_digest(split) for name, split in self.splits.named().items()}
 
 
-def _sha256(tensors: Iterable[Tensor]) -> str:
+def split_digest(split: Split) -> str:
+    """Sixteen hex digits of a split's inputs and targets."""
+    return tensors_digest((*split.inputs, *([] if split.targets is None else [split.targets])))
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Sixteen hex digits of the tensors' shapes, types and values, in this order."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]

@@ -1,0 +1,205 @@
+"""The public Python API and the console command: compress, select, reproduce, ui and doctor."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from torch import Tensor, nn
+
+from compressors.errors import ConfigError, Infeasible
+from evaluators.evaluation import Evaluator
+from evaluators.runtime import Array
+from evaluators.score import Score
+from search import build, doctor
+from search import reproduce as reproduction
+from search.__main__ import guarded
+from search.__main__ import main as search_main
+from search.conclude import Conclusion, conclude, reselect, show
+from search.progress import ProgressView
+from search.study import run
+from search.tracking import Tracker
+from search.trial import TrialRecord
+from search.workload import Split, Splits, Task, Workload, checked
+
+__all__ = ["ConfigError", "Infeasible", "Result", "compress", "main"]
+
+USAGE = """usage: compareto COMMAND [option=value ...]
+
+  search      search, and print the versions worth deploying
+  select      choose the champion by another rule, without searching: compareto select rule=smallest
+  reproduce   rebuild the champion (or trial=N) from its plan and compare
+  ui          MLflow's pages on 127.0.0.1 (port=5000)
+  doctor      what this machine can run
+
+Options are Hydra overrides of conf/config.yaml; compareto search --help lists them."""
+
+CALIBRATION = 128
+
+Loader = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The front, the champion, and where their deployed files are."""
+
+    conclusion: Conclusion
+    tracker: Tracker
+
+    @property
+    def front(self) -> tuple[TrialRecord, ...]:
+        """Every version that nothing beats on all objectives."""
+        return self.conclusion.outcome.front
+
+    @property
+    def champion(self) -> TrialRecord:
+        """The version that the rule chose."""
+        return self.conclusion.choice.record
+
+    def files(self, record: TrialRecord) -> Path:
+        """The folder to ship."""
+        return self.tracker.model_folder(record)
+
+    def __str__(self) -> str:
+        """The table that a search prints."""
+        console = Console(width=140, record=True, quiet=True)
+        show(self.conclusion, console)
+        return console.export_text()
+
+
+def compress(
+    model: nn.Module,
+    train: Loader,
+    validation: Loader,
+    *,
+    study: str,
+    calibration: Loader | None = None,
+    test: Loader | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    metric: Callable[[Array, Array], float] | None = None,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Search the versions of a trained model of your own that are worth deploying.
+
+    Loaders yield `(input, target)` or just `input`, as batches of tensors; they are read once, into memory. With
+    targets, accuracy is the quality, or `metric(outputs, targets)` on arrays, where more is better; without, it is
+    agreement with the model's own answers. `loss(output, target)` joins the teacher's in recovery (cross entropy where
+    accuracy is the quality). Without `calibration`, 128 training examples are set aside for it; without `test`, half of
+    the validation examples. `overrides` are those of the command line, such as "budget.minutes=10". The same call with
+    the same `study` takes an earlier search up again. Raises `ConfigError` before any work for what cannot be used.
+    """
+    splits = _splits(train, validation, calibration, test)
+    labelled = splits.validation.targets is not None
+    task = Task("user", loss or (nn.functional.cross_entropy if labelled and metric is None else None))
+    quality = "score" if metric else "accuracy" if labelled else "fidelity"
+    extra: dict[str, Evaluator] = {"score": Score(metric)} if metric else {}
+    measured = [*([] if metric else [quality]), "latency", "size"]
+    config = build.compose([f"study={study}", f"evaluator=[{','.join(measured)}]", f"quality={quality}", *overrides])
+    _mark_as_users(config, study)
+    workload = Workload(study, model.eval(), splits, task)
+    console = Console()
+    with ProgressView(console, quality) as view:
+        search = build.build(config, view.training, workload, extra)
+        conclusion = conclude(search, run(search, view))
+    return Result(conclusion, search.tracker)
+
+
+def main() -> None:
+    """Dispatch the console command; exits with 2 for what the user got wrong."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "search":
+        sys.exit(search_main(arguments))
+    actions: dict[str, Callable[[DictConfig, Console], None]] = {
+        "select": _select,
+        "reproduce": _reproduce,
+        "ui": _ui,
+        "doctor": _doctor,
+    }
+    if command not in actions:
+        print(USAGE)
+        sys.exit(0 if command in ("-h", "--help", "help") else 2)
+    sys.exit(guarded(lambda: actions[command](build.compose(arguments), Console()), Console(stderr=True)))
+
+
+def _select(config: DictConfig, console: Console) -> None:
+    show(reselect(*build.selection(config)), console)
+
+
+def _reproduce(config: DictConfig, console: Console) -> None:
+    tracker: Tracker = build.make("tracking", config.tracking)
+    study = tracker.study(str(config.study), build.workload_name(config))
+    record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
+    with ProgressView(console, str(config.quality)) as view:
+        search = build.build(build.recorded(tracker.config(study), config), view.training)
+        try:
+            found = reproduction.reproduce(search, record, view.phase)
+        except Infeasible as infeasible:
+            raise ConfigError("reproduce", infeasible.reason, "run it where the study was run") from infeasible
+    reproduction.show(found, console)
+
+
+def _ui(config: DictConfig, console: Console) -> None:
+    command = build.make("tracking", config.tracking).ui_command(config.port)
+    console.print(f"MLflow on http://127.0.0.1:{config.port}, Ctrl-C to end", highlight=False)
+    subprocess.run(command, check=False)
+
+
+def _doctor(config: DictConfig, console: Console) -> None:
+    runtimes = {name: build.make(f"runtime.{name}", node) for name, node in config.runtime.items()}
+    doctor.report(runtimes, console)
+
+
+def _mark_as_users(config: DictConfig, study: str) -> None:
+    """What `model`, `data` and `task` say does not apply, and nobody should believe that it did."""
+    with open_dict(config):
+        config.model = {"name": study, "network": None}
+        config.data = {"name": study}
+        config.task = "user"
+
+
+def _splits(train: Loader, validation: Loader, calibration: Loader | None, test: Loader | None) -> Splits:
+    teach, judge = _read(train, "train"), _read(validation, "validation")
+    calibrate, final = (
+        _read(x, n) if x is not None else None for x, n in ((calibration, "calibration"), (test, "test"))
+    )
+    if calibrate is None:
+        teach, calibrate = _divide(teach, len(teach) - min(CALIBRATION, len(teach) // 2))
+    if final is None:
+        judge, final = _divide(judge, (len(judge) + 1) // 2)
+    classes: tuple[str, ...] = ()
+    if judge.targets is not None and not judge.targets.is_floating_point():
+        classes = tuple(map(str, range(int(judge.targets.max()) + 1)))
+    return checked(Splits(teach, calibrate, judge, final, classes), "compress")
+
+
+def _read(loader: Loader, name: str) -> Split:
+    """All batches behind each other."""
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    for batch in loader:
+        x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+        inputs.append(x)
+        targets.extend(rest[:1])
+    if not inputs:
+        raise ConfigError(name, "yields no batch", "give a loader of (input, target) or of inputs")
+    return Split((torch.cat(inputs),), torch.cat(targets) if targets else None)
+
+
+def _divide(split: Split, first: int) -> tuple[Split, Split]:
+    """Two parts in a fixed random order, so that sorted data does not end up on one side."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    parts = []
+    for rows in (order[:first], order[first:]):
+        parts.append(
+            Split(tuple(x[rows] for x in split.inputs), None if split.targets is None else split.targets[rows])
+        )
+    return parts[0], parts[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Trains a changed model to answer as the uncompressed one does; it never touches the shape of anything."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+
+from compressors.errors import Infeasible
+from compressors.pipeline import Applied, Batch, Context, Stage
+from compressors.plan import Scalar, Settings, Step
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over examples of KL(teacher / T || student / T) times T squared (Hinton 2015, arXiv 1503.02531).
+
+    Logits are `(..., classes)`. The factor keeps the gradient's size the same at every temperature.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        log_target=True,
+        reduction="none",
+    )
+    return temperature**2 * divergence.sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Knowledge distillation from the uncompressed model's logits; no help to a model that has lost nothing.
+
+    The learning rate rises linearly over the first `warmup` share of all steps and then falls along half a cosine.
+    """
+
+    weight_decay: float
+    warmup: float
+    clip_norm: float
+
+    method: ClassVar[str] = "distill"
+    stage: ClassVar[Stage] = Stage.RECOVER
+    off: ClassVar[tuple[str, Scalar]] = ("epochs", 0)
+
+    def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
+        """None: the whole model is trained."""
+        return {}
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        """`epochs`, `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`.
+
+        Raises `Infeasible` as soon as the loss is not finite. The model is in eval mode afterwards.
+        """
+        epochs = _epochs(step.shared)
+        if epochs == 0:
+            return Applied({"": {"epochs": 0}})
+        goal = _Goal.read(step.shared, context)
+        with _training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            loss = self._train(model, goal, epochs, context)
+        return Applied({"": {"epochs": epochs, "loss": loss}})
+
+    def _train(self, model: nn.Module, goal: "_Goal", epochs: int, context: Context) -> float:
+        """The mean loss of the last epoch."""
+        optimizer = torch.optim.AdamW(model.parameters(), goal.learning_rate, weight_decay=self.weight_decay)
+        steps = _count(context)
+        losses: list[float] = []
+        for epoch in range(epochs):
+            losses.clear()
+            for index, batch in enumerate(context.train()):
+                rate = goal.learning_rate * schedule((epoch + (index + 1) / steps) / epochs, self.warmup)
+                losses.append(self._step(model, batch, goal, optimizer, rate))
+                if not math.isfinite(losses[-1]):
+                    raise Infeasible(f"distill diverged: the loss is {losses[-1]} in epoch {epoch + 1} of {epochs}")
+            context.progress(f"distill epoch {epoch + 1} of {epochs}, loss {mean(losses):.3f}")
+        return mean(losses)
+
+    def _step(
+        self, model: nn.Module, batch: Batch, goal: "_Goal", optimizer: torch.optim.Optimizer, rate: float
+    ) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = goal.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves this one untyped
+        nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+
+def schedule(done: float, warmup: float) -> float:
+    """The learning rate as a share of its peak when `done` of all steps are through: up along a line, down a cosine."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the student is pulled towards, and how hard."""
+
+    teacher: nn.Module
+    label_loss: Callable[[Tensor, Tensor], Tensor] | None
+    temperature: float
+    weight: float
+    learning_rate: float
+
+    @classmethod
+    def read(cls, shared: Settings, context: Context) -> "_Goal":
+        temperature = _number(shared, "temperature", "more than 0", lambda value: value > 0)
+        weight = _number(shared, "weight", "a share from 0 to 1", lambda value: 0 <= value <= 1)
+        rate = _number(shared, "learning_rate", "more than 0", lambda value: value > 0)
+        return cls(context.teacher, context.loss, temperature, weight, rate)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs, target = batch
+        with torch.no_grad():
+            wanted = self.teacher(*inputs)
+        output = model(*inputs)
+        imitation = distillation_loss(output, wanted, self.temperature)
+        if target is None or self.label_loss is None:
+            return imitation
+        return self.weight * imitation + (1 - self.weight) * self.label_loss(output, target)
+
+
+def _epochs(shared: Settings) -> int:
+    return int(_number(shared, "epochs", "a whole number, 0 or more", lambda value: value >= 0 and value == int(value)))
+
+
+def _number(shared: Settings, key: str, expected: str, fits: Callable[[float], bool]) -> float:
+    value = shared.get(key)
+    if not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
+        raise Infeasible(f"distill.{key} is {value}: expected {expected}")
+    return float(value)
+
+
+def _count(context: Context) -> int:
+    """Batches in one pass; only a pass tells, and without the model it costs next to nothing."""
+    steps = sum(1 for _ in context.train())
+    if steps == 0:
+        raise Infeasible("distill has no training batches: expected at least one")
+    return steps
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Every parameter learns inside; outside they are as they were, and the model is in eval mode."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.train().requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.eval()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None

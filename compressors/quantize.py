@@ -1,0 +1,124 @@
+"""Decides bit-widths and computes low-bit weights; it never touches the model, each runtime places the numbers."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compressors.errors import Infeasible
+from compressors.layers import read_layers
+from compressors.pipeline import Applied, Context, LayerNumbers, Stage
+from compressors.plan import LayerSpec, Scalar, Settings, Step
+
+BITS: Mapping[str, tuple[int, ...]] = {"conv": (8, 32), "linear": (4, 8, 32)}
+"""What can be asked of each kind of layer."""
+
+SMALLEST_GROUP = 16
+
+CLIPS = torch.linspace(0.5, 1.0, 26)
+"""Shares of a group's largest weight at which clipping is tried."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Post-training quantization: 8 bits for weights and activations, or 4 bits for the weights of linear layers.
+
+    The 8-bit ranges are calibrated by the runtime that will use them. The 4-bit weights are rounded to the nearest step
+    group by group; the scales add `32 / group_size` bits a weight. It does not help a layer that is already narrow: the
+    conversions around it can cost more than they save.
+    """
+
+    method: ClassVar[str] = "quantize"
+    stage: ClassVar[Stage] = Stage.NUMERIC
+    off: ClassVar[tuple[str, Scalar]] = ("bits", 32)
+
+    def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
+        """Owner -> the conv and linear layers that hold one weight tensor, which is stored once."""
+        layers = [layer for layer in read_layers(model, example) if layer.kind in BITS]
+        owners = [layer.name for layer in layers if layer.tied_to is None]
+        return {o: (o, *(layer.name for layer in layers if layer.tied_to == o)) for o in owners}
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        """`bits` per layer, and `group_size` for those with 4."""
+        layers = {layer.name: layer for layer in read_layers(model, context.example)}
+        groups = self.groups(model, context.example)
+        achieved: dict[str, Settings] = {}
+        numbers: dict[str, LayerNumbers] = {}
+        for owner, settings in step.per_layer.items():
+            if owner not in groups:
+                raise Infeasible(f"quantize has no layer {owner}: possible are {', '.join(groups)}")
+            made, achieved[owner] = _layer(model, layers[owner], settings["bits"], step.shared)
+            if made is not None:
+                numbers.update(dict.fromkeys(groups[owner], made))
+        return Applied(achieved, numbers)
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric integers and one scale per `group_size` consecutive inputs of a row.
+
+    `weight` is `(out, in)` and `group_size` divides `in`. Gives int8 values `(out, in)`, from -2^(bits-1) up to
+    2^(bits-1) - 1, and scales `(out, in / group_size)`. Each group is clipped where its squared error is least.
+    """
+    groups = weight.detach().float().reshape(len(weight), -1, group_size)
+    top = 2 ** (bits - 1) - 1
+    largest = groups.abs().amax(-1)
+    scales = torch.where(largest > 0, largest / top, 1.0)
+    best = torch.full_like(scales, math.inf)
+    chosen = scales
+    for clip in CLIPS:
+        error = (_round(groups, scales * clip, top) * (scales * clip)[..., None] - groups).square().sum(-1)
+        chosen = torch.where(error < best, scales * clip, chosen)
+        best = torch.minimum(best, error)
+    return _round(groups, chosen, top).flatten(1).to(torch.int8), chosen
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """The float weight `(out, in)` that `values` `(out, in)` and `scales` `(out, groups)` stand for."""
+    groups = values.float().reshape(*scales.shape, -1)
+    return (groups * scales[..., None]).flatten(1)
+
+
+def _round(groups: Tensor, scales: Tensor, top: int) -> Tensor:
+    return (groups / scales[..., None]).round().clamp(-top - 1, top)
+
+
+def _layer(model: nn.Module, layer: LayerSpec, bits: Scalar, shared: Settings) -> tuple[LayerNumbers | None, Settings]:
+    if bits not in BITS[layer.kind] or not isinstance(bits, int):
+        raise Infeasible(f"quantize.bits of {layer.name} is {bits}: a {layer.kind} layer can have {BITS[layer.kind]}")
+    if bits == 32:
+        return None, {"bits": bits}
+    if bits == 8:
+        return LayerNumbers(bits=bits), {"bits": bits}
+    return _low_bit(model.get_parameter(f"{layer.name}.weight").detach(), layer.name, bits, shared)
+
+
+def _low_bit(weight: Tensor, name: str, bits: int, shared: Settings) -> tuple[LayerNumbers, Settings]:
+    group_size = _group_size(name, weight.shape[1], shared)
+    values, scales = quantize_groups(weight, bits, group_size)
+    error = float(
+        (dequantize(values, scales) - weight).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+    return LayerNumbers(bits, values, scales, group_size), {
+        "bits": bits,
+        "group_size": group_size,
+        "relative_error": error,
+    }
+
+
+def _group_size(name: str, width: int, shared: Settings) -> int:
+    """The size asked for, or the largest power of two that divides the row."""
+    asked = shared.get("group_size")
+    if not isinstance(asked, int) or asked < SMALLEST_GROUP:
+        raise Infeasible(f"quantize.group_size is {asked}: expected a whole number, {SMALLEST_GROUP} or more")
+    if width % asked == 0:
+        return asked
+    divisor = width & -width
+    if divisor < SMALLEST_GROUP:
+        raise Infeasible(
+            f"quantize.bits of {name} is 4, but no power of two from {SMALLEST_GROUP} up divides its {width} inputs: "
+            "possible are 8 and 32"
+        )
+    return divisor

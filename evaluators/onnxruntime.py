@@ -1,0 +1,408 @@
+"""ONNX Runtime on the CPU; the only importer of onnxruntime."""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from compressors.errors import Infeasible
+from compressors.pipeline import Artifact, Context, LayerNumbers
+from evaluators.export import (
+    calibration_arrays,
+    check_parity,
+    export,
+    input_specs,
+    load_graph,
+    once,
+    wanted,
+    weight_name,
+)
+from evaluators.runtime import Array, Deployed, Loader, Session, Support
+
+KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
+# What goes to 8 bits beside the layers, and only behind Conv and Gemm: behind a MatMul it costs accuracy (the residual
+# stream of a transformer) and gains no time.
+BETWEEN_LAYERS = ("Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """Float graphs, 8-bit graphs made by its own quantizer and edited per candidate, 4-bit weights for linear layers.
+
+    `calibration_examples` are looked at to set the ranges of 8-bit activations.
+    """
+
+    calibration_examples: int = 256
+
+    @property
+    def name(self) -> str:
+        """How plans, knobs and tables refer to it."""
+        return "onnxruntime"
+
+    def precisions(self) -> tuple[str, ...]:
+        """Its CPU kernels for other precisions are slower than these."""
+        return ("fp32",)
+
+    def support(self, kind: str, bits: int) -> Support:
+        """Only what has a kernel; a 4-bit convolution would be unpacked on every call and be slower than float."""
+        return Support.KERNEL if bits == 32 or (kind, bits) in KERNELS else Support.REFUSED
+
+    def deploy(self, artifact: Artifact, context: Context, folder: Path, cache: Path) -> Deployed:
+        """Write `model.onnx`."""
+        precision = artifact.plan.target.precision
+        if precision not in self.precisions():
+            raise Infeasible(f"{self.name} cannot compute in {precision}; fp32 can")
+        source = export(artifact, context.example, cache)
+        ask = wanted(artifact, load_graph(source), self.name, self.support)
+        base = once(source.with_name("onnxruntime-float"), lambda made: _write_float(source, artifact, context, made))
+        model = load_graph(base / "model.onnx")
+        if ask.int8:
+            full = source.with_name(f"onnxruntime-int8-{self.calibration_examples}")
+            once(full, lambda made: _write_int8(base, context, self.calibration_examples, made))
+            model = keep_int8(model, load_graph(full / "model.onnx"), ask.int8)
+        if ask.int4:
+            model = _place_int4(model, ask.int4)
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(model, folder / "model.onnx")
+        return Deployed(self, folder, precision, input_specs(context.example))
+
+    def loader(self) -> Loader:
+        """`load_onnxruntime`."""
+        return load_onnxruntime
+
+    def requirements(self) -> tuple[str, ...]:
+        """The installed ONNX Runtime."""
+        return (f"onnxruntime=={version('onnxruntime')}", f"numpy=={version('numpy')}")
+
+    def kernels(self, deployed: Deployed) -> Mapping[str, str]:
+        """Node -> operator, such as `QLinearConv`, that is left after ONNX Runtime's own optimization."""
+        return _kernels(deployed.folder / "model.onnx")
+
+
+def load_onnxruntime(folder: str, precision: str, batch: int | None, threads: int) -> "Session":  # noqa: ARG001
+    """One session on the CPU, nodes one after the other; `precision` is always fp32."""
+    import numpy as np
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
+    session = ort.InferenceSession(
+        f"{folder}/model.onnx",
+        options,
+        providers=["CPUExecutionProvider"],
+        # It would round the weights of a float layer that happens to stand between 8-bit ones.
+        disabled_optimizers=["WeightBiasQuantization"],
+    )
+    names = [value.name for value in session.get_inputs()]
+    outputs = [session.get_outputs()[0].name]
+
+    def run(*inputs: "Array") -> "NDArray[np.float32]":
+        return np.asarray(session.run(outputs, dict(zip(names, inputs, strict=True)))[0], dtype=np.float32)
+
+    return run
+
+
+def _write_float(source: Path, artifact: Artifact, context: Context, made: Path) -> None:
+    from onnxruntime.quantization import shape_inference
+
+    made.mkdir()
+    # The quantizer reads the shapes; the symbolic pass and the optimizer would change the graph and are left out.
+    shape_inference.quant_pre_process(
+        str(source), str(made / "model.onnx"), skip_optimization=True, skip_symbolic_shape=True
+    )
+    check_parity(artifact, context.example, load_onnxruntime(str(made), "fp32", None, 0))
+
+
+class _Feed:
+    """Hands the quantizer one batch a call."""
+
+    def __init__(self, batches: Iterable[dict[str, Array]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self._batches, None)
+
+
+def _write_int8(base: Path, context: Context, examples: int, made: Path) -> None:
+    made.mkdir()
+    graph = load_graph(base / "model.onnx")
+    layers = weighted_nodes(graph)
+    quantize(
+        base / "model.onnx",
+        made / "model.onnx",
+        float_nodes(graph, layers),
+        calibration_arrays(context.calibration, examples),
+    )
+
+
+def quantize(source: Path, target: Path, leave_float: Iterable[str], batches: list[dict[str, Array]]) -> None:
+    """Calibrate on `batches` and write the 8-bit form of `source`, in the one combination with fast kernels."""
+    from onnxruntime import quantization as q
+
+    q.quantize_static(
+        str(source),
+        str(target),
+        _Feed(batches),
+        quant_format=q.QuantFormat.QDQ,
+        # The fast kernels multiply unsigned activations with signed weights; other pairs are slower than float.
+        activation_type=q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+        per_channel=True,
+        calibrate_method=q.CalibrationMethod.MinMax,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN_LAYERS],
+        nodes_to_exclude=sorted(leave_float),
+        # A MatMul gives float: rounding its output costs accuracy and saves no time. A Gemm needs it, or its activation
+        # is fused to a float Gemm.
+        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+    )
+
+
+def weighted_nodes(graph: onnx.ModelProto) -> frozenset[str]:
+    """The nodes that multiply with a weight of the model."""
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    multiplying = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return frozenset(node.name for node in multiplying if weight_name(node) in constants)
+
+
+def float_nodes(graph: onnx.ModelProto, int8: frozenset[str]) -> set[str]:
+    """What must stay float when only the layers' nodes `int8` go to 8 bits.
+
+    An operation without weights is 8-bit only when every layer that feeds it is an 8-bit Conv or Gemm.
+    """
+    layers = weighted_nodes(graph)
+    types = {node.name: node.op_type for node in graph.graph.node}
+    rounded = {name for name in int8 if types[name] in ("Conv", "Gemm")}
+    feeding = _feeding_layers(graph, layers)
+    stay = {name for name in types if name in layers and name not in int8}
+    return stay | {name for name in types if name not in layers and not (feeding[name] and feeding[name] <= rounded)}
+
+
+def _feeding_layers(graph: onnx.ModelProto, layers: frozenset[str]) -> dict[str, set[str]]:
+    """Node -> the nearest layers before it on every way; an exported graph lists its nodes in order."""
+    before: dict[str, set[str]] = {}
+    carried: dict[str, set[str]] = {}
+    for node in graph.graph.node:
+        before[node.name] = set().union(*(carried.get(name, set()) for name in node.input))
+        ahead = {node.name} if node.name in layers else before[node.name]
+        # A tensor's size carries nothing of its values.
+        carried.update(dict.fromkeys(node.output, set() if node.op_type == "Shape" else ahead))
+    return before
+
+
+def keep_int8(base: onnx.ModelProto, full: onnx.ModelProto, int8: frozenset[str]) -> onnx.ModelProto:
+    """Of `full`, which is 8-bit everywhere, only the nodes `int8` and what lies between them; the rest from `base`.
+
+    Raises `Infeasible` when the quantizer has left one of them float.
+    """
+    stay = float_nodes(base, int8)
+    parts = _Parts(base, full)
+    for name in int8:
+        parts.check_quantized(name)
+    nodes = [*parts.converters(), *parts.kept(stay), *parts.restored(stay)]
+    weights = [*full.graph.initializer, *parts.float_weights({name for node in nodes for name in node.input})]
+    return _assemble(base, nodes, weights)
+
+
+class _Parts:
+    """The nodes of a float graph and of its 8-bit form, from which candidates are put together."""
+
+    def __init__(self, base: onnx.ModelProto, full: onnx.ModelProto) -> None:
+        self.base, self.full = base, full
+        self.constants = {tensor.name for tensor in base.graph.initializer}
+        self.makers = {name: node for node in full.graph.node for name in node.output}
+
+    def converters(self) -> Iterator[onnx.NodeProto]:
+        """All that quantize or dequantize; those that nobody reads fall away later."""
+        return (node for node in self.full.graph.node if _is_converter(node))
+
+    def kept(self, stay: set[str]) -> Iterator[onnx.NodeProto]:
+        finals = self._finals()
+        for node in self.full.graph.node:
+            if not _is_converter(node) and node.name not in stay:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                copy.output[:] = [finals.get(name, name) for name in node.output]
+                yield copy
+
+    def restored(self, stay: set[str]) -> Iterator[onnx.NodeProto]:
+        dequantized = self._dequantized(stay)
+        for node in self.base.graph.node:
+            if node.name in stay:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                copy.input[:] = [_float_name(x) if x in self.constants else dequantized.get(x, x) for x in node.input]
+                yield copy
+
+    def float_weights(self, read: set[str]) -> Iterator[onnx.TensorProto]:
+        # Renamed, because in the 8-bit graph a bias keeps its name behind its dequantizer.
+        for tensor in self.base.graph.initializer:
+            if _float_name(tensor.name) in read:
+                copy = onnx.TensorProto()
+                copy.CopyFrom(tensor)
+                copy.name = _float_name(tensor.name)
+                yield copy
+
+    def check_quantized(self, name: str) -> None:
+        node = next(node for node in self.full.graph.node if node.name == name)
+        maker = self.makers.get(weight_name(node))
+        if maker is None or not _is_converter(maker):
+            raise Infeasible(f"{name}: ONNX Runtime does not quantize this {node.op_type}")
+
+    def _finals(self) -> dict[str, str]:
+        """What is rounded only to be the model's output -> that output; it is handed out as it is."""
+        finals = {}
+        for value in self.full.graph.output:
+            maker = self.makers[value.name]
+            if maker.op_type == "DequantizeLinear":
+                finals[self.makers[maker.input[0]].input[0]] = value.name
+        return finals
+
+    def _dequantized(self, stay: set[str]) -> dict[str, str]:
+        """What an 8-bit node makes -> the name under which a float node reads it."""
+        made = {name for node in self.full.graph.node if node.name not in stay for name in node.output}
+        pairs = {}
+        for node in self.full.graph.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] in self.makers:
+                raw = self.makers[node.input[0]].input[0]
+                if raw in made:
+                    pairs[raw] = node.output[0]
+        return pairs
+
+
+def _is_converter(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
+
+
+def _float_name(name: str) -> str:
+    return f"{name}.float"
+
+
+def _assemble(
+    like: onnx.ModelProto, nodes: list[onnx.NodeProto], weights: Iterable[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """A model with the signature of `like`; a later node wins over an earlier one with the same output."""
+    makers = {name: node for node in nodes for name in node.output}
+    used = _needed([value.name for value in like.graph.output], makers)
+    ordered = [makers[name] for name in _in_order(used, makers)]
+    read = {name for node in ordered for name in node.input}
+    graph = helper.make_graph(
+        list({id(node): node for node in ordered}.values()),
+        like.graph.name,
+        like.graph.input,
+        like.graph.output,
+        [tensor for tensor in weights if tensor.name in read],
+    )
+    opsets = [*like.opset_import, *([helper.make_opsetid(MICROSOFT, 1)] if _needs_microsoft(like, ordered) else [])]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=like.ir_version, producer_name="compareto")
+
+
+def _needs_microsoft(like: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> bool:
+    known = any(opset.domain == MICROSOFT for opset in like.opset_import)
+    return not known and any(node.domain == MICROSOFT for node in nodes)
+
+
+def _needed(outputs: list[str], makers: Mapping[str, onnx.NodeProto]) -> dict[str, None]:
+    """Every made tensor that the outputs depend on, as an ordered set."""
+    needed: dict[str, None] = {}
+    ahead = list(outputs)
+    while ahead:
+        name = ahead.pop()
+        if name in makers and name not in needed:
+            needed[name] = None
+            ahead.extend(makers[name].input)
+    return needed
+
+
+def _in_order(needed: Iterable[str], makers: Mapping[str, onnx.NodeProto]) -> Iterable[str]:
+    return TopologicalSorter({n: [x for x in makers[n].input if x in makers] for n in needed}).static_order()
+
+
+def _place_int4(model: onnx.ModelProto, numbers: Mapping[str, LayerNumbers]) -> onnx.ModelProto:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    weights = list(model.graph.initializer)
+    for node in model.graph.node:
+        if node.name not in numbers:
+            nodes.append(node)
+            continue
+        multiply, tensors = _packed(node, numbers[node.name])
+        nodes.append(multiply)
+        weights.extend(tensors)
+        if len(node.input) == 3 and node.input[2] in constants:
+            multiply.output[0] += ".without_bias"
+            nodes.append(helper.make_node("Add", [multiply.output[0], node.input[2]], node.output, f"{node.name}.bias"))
+    return _assemble(model, nodes, weights)
+
+
+def _packed(node: onnx.NodeProto, numbers: LayerNumbers) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+    if numbers.values is None or numbers.scales is None:
+        raise Infeasible(f"{node.name}: 4 bits without integer values")
+    values, scales = numbers.values.numpy(), numbers.scales.numpy().astype(np.float32)
+    block, scales = _blocks(node.name, values.shape[1], scales)
+    tensors = [
+        numpy_helper.from_array(_pack(values, block), f"{node.name}.values"),
+        numpy_helper.from_array(scales.reshape(-1), f"{node.name}.scales"),
+    ]
+    multiply = helper.make_node(
+        "MatMulNBits",
+        [node.input[0], *(tensor.name for tensor in tensors)],
+        node.output,
+        node.name,
+        domain=MICROSOFT,
+        K=values.shape[1],
+        N=values.shape[0],
+        bits=4,
+        block_size=block,
+        # Activations are rounded to 8 bits per block inside the kernel; without that it is up to ten times slower.
+        accuracy_level=4,
+    )
+    return multiply, tensors
+
+
+def _blocks(name: str, width: int, scales: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
+    """The block size that the operator understands (a power of two), and the scales repeated for it."""
+    groups = scales.shape[1]
+    if groups == 1:  # the last block of a row may be incomplete
+        block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (width - 1).bit_length()))
+        return block, np.repeat(scales, -(-width // block), axis=1)
+    size = width // groups
+    block = min(LARGEST_BLOCK, size & -size)
+    if block < SMALLEST_BLOCK:
+        raise Infeasible(f"{name}: ONNX Runtime has no 4-bit groups of {size}; take a multiple of {SMALLEST_BLOCK}")
+    return block, np.repeat(scales, size // block, axis=1)
+
+
+def _pack(values: NDArray[np.int8], block: int) -> NDArray[np.uint8]:
+    """`(out, blocks, block / 2)` bytes of two nibbles, the first one low, with 8 for zero."""
+    rows, width = values.shape
+    padded = np.pad(values, ((0, 0), (0, -width % block)))
+    nibbles = (padded + 8).astype(np.uint8).reshape(rows, -1, block)
+    packed: NDArray[np.uint8] = nibbles[..., 0::2] + nibbles[..., 1::2] * np.uint8(16)
+    return packed
+
+
+def _kernels(path: Path) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
+        ort.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+        )
+        optimized = onnx.load(options.optimized_model_filepath)
+    return {node.name: node.op_type for node in optimized.graph.node if re.search(r"Conv|Gemm|MatMul", node.op_type)}

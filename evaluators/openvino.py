@@ -1,0 +1,309 @@
+"""OpenVINO on the CPU; the only importer of openvino and nncf."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13
+from openvino.passes import ConstantFolding, Manager
+
+from compressors.errors import Infeasible
+from compressors.pipeline import Artifact, Context, LayerNumbers
+from evaluators.export import calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
+from evaluators.runtime import Array, Deployed, Loader, Session, Support
+
+KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
+HINT = {"fp32": "f32", "bf16": "bf16"}
+WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
+
+
+@dataclass(frozen=True)
+class OpenVINO:
+    """Float graphs, 8-bit graphs made by NNCF and edited per candidate, and 4-bit weights for linear layers.
+
+    `calibration_examples` are looked at to set the ranges of 8-bit activations.
+    """
+
+    calibration_examples: int = 256
+
+    @property
+    def name(self) -> str:
+        """How plans, knobs and tables refer to it."""
+        return "openvino"
+
+    def precisions(self) -> tuple[str, ...]:
+        """`bf16` only where the processor has it; elsewhere OpenVINO would silently compute in float."""
+        able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ("fp32", "bf16") if "BF16" in able else ("fp32",)
+
+    def support(self, kind: str, bits: int) -> Support:
+        """Only what has a kernel; other widths would be stored small at best, and then computed as float."""
+        return Support.KERNEL if bits == 32 or (kind, bits) in KERNELS else Support.REFUSED
+
+    def deploy(self, artifact: Artifact, context: Context, folder: Path, cache: Path) -> Deployed:
+        """Write `model.xml` and `model.bin`."""
+        precision = artifact.plan.target.precision
+        if precision not in self.precisions():
+            raise Infeasible(f"{self.name} cannot compute in {precision} here; {' or '.join(self.precisions())} can")
+        source = export(artifact, context.example, cache)
+        ask = wanted(artifact, load_graph(source), self.name, self.support)
+        base = once(source.with_name("openvino-float"), lambda made: _write_float(source, artifact, context, made))
+        model = _read(base).clone()
+        if ask.int8:
+            full = source.with_name(f"openvino-int8-{self.calibration_examples}")
+            model = _read(once(full, lambda made: self._write_int8(base, context, made))).clone()
+            keep_int8(model, _weights(_read(base)), _operations(_read(base), ask.int8))
+        for node, numbers in ask.int4.items():
+            _place_int4(model, node, numbers)
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(model, folder, half=precision == "bf16")
+        return Deployed(self, folder, precision, input_specs(context.example))
+
+    def loader(self) -> Loader:
+        """`load_openvino`."""
+        return load_openvino
+
+    def requirements(self) -> tuple[str, ...]:
+        """The installed OpenVINO."""
+        return (f"openvino=={version('openvino')}", f"numpy=={version('numpy')}")
+
+    def kernels(self, deployed: Deployed) -> Mapping[str, str]:
+        """Operation -> primitive, such as `brgconv_avx512_amx_I8`, of whatever multiplies with a weight."""
+        return _kernels(deployed)
+
+    def _write_int8(self, base: Path, context: Context, made: Path) -> None:
+        batches = calibration_arrays(context.calibration, self.calibration_examples)
+        _save(_quantize(_read(base), batches), made, half=False)
+
+
+def load_openvino(folder: str, precision: str, batch: int | None, threads: int) -> "Session":
+    """Every option that changes what is computed is set, because some defaults quantize or round silently."""
+    import numpy as np
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(f"{folder}/model.xml")
+    if batch is not None:
+        model.reshape({port: [batch, *list(port.get_partial_shape())[1:]] for port in model.inputs})
+    options = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+    }
+    if threads > 0:
+        options["INFERENCE_NUM_THREADS"] = str(threads)
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    output = request.model_outputs[0]
+
+    def run(*inputs: "Array") -> "NDArray[np.float32]":
+        request.infer(inputs, share_inputs=True)
+        # A copy: the request writes its next answer into the same memory.
+        return np.array(request.get_tensor(output).data, dtype=np.float32)
+
+    return run
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path) -> ov.Model:
+    # Kept in memory because the next candidate usually starts from the same graphs: clone before changing one.
+    return ov.Core().read_model(folder / "model.xml")
+
+
+def _save(model: ov.Model, folder: Path, half: bool) -> None:
+    folder.mkdir(exist_ok=True)
+    _name_by_position(model)
+    ov.save_model(model, folder / "model.xml", compress_to_fp16=half)
+
+
+def _name_by_position(model: ov.Model) -> None:
+    # Unnamed operations are numbered by a counter of the process; files of equal models must be equal. The model's own
+    # operations have a path for a name.
+    for position, op in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(r"[A-Z][A-Za-z]*_\d+", op.get_friendly_name()):
+            op.set_friendly_name(f"{op.get_type_name()}_{position}")
+
+
+def _write_float(source: Path, artifact: Artifact, context: Context, made: Path) -> None:
+    model = ov.Core().read_model(source)
+    manager = Manager()
+    manager.register_pass(ConstantFolding())  # so that every weight is a plain constant
+    manager.run_passes(model)
+    _save(model, made, half=False)
+    check_parity(artifact, context.example, load_openvino(str(made), "fp32", None, 0))
+
+
+def _quantize(model: ov.Model, batches: list[dict[str, Array]]) -> ov.Model:
+    # nncf takes a second to import and is needed once per prefix.
+    import nncf
+
+    nncf.set_log_level(40)
+    exact = nncf.AdvancedQuantizationParameters(
+        # Both change the weights of a layer because of its neighbours, so single layers could not go back to float.
+        disable_bias_correction=True,
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which the search draws itself
+        return nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            preset=nncf.QuantizationPreset.MIXED,
+            target_device=nncf.TargetDevice.CPU,
+            model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
+            ignored_scope=nncf.IgnoredScope(types=["Gather", "LSTMSequence", "GRUSequence"], validate=False),
+            advanced_parameters=exact,
+        )
+
+
+def _has_attention(model: ov.Model) -> bool:
+    return any(op.get_type_name() == "MatMul" and not _is_weighted(op) for op in model.get_ops())
+
+
+def _is_weighted(op: Any) -> bool:
+    return op.get_type_name() in WEIGHTED and op.input_value(1).get_node().get_type_name() == "Constant"
+
+
+def _weights(model: ov.Model) -> dict[str, Any]:
+    """Name of every operation that multiplies with a weight -> that constant; `model` is the float graph."""
+    return {op.get_friendly_name(): op.input_value(1).get_node() for op in model.get_ops() if _is_weighted(op)}
+
+
+def _operations(model: ov.Model, nodes: frozenset[str]) -> set[str]:
+    return {_find(model, node).get_friendly_name() for node in nodes}
+
+
+def _find(model: ov.Model, node: str) -> Any:
+    """The operation that does the multiplying of an ONNX node; the one that adds its bias keeps the node's own name."""
+    ops = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() in WEIGHTED}
+    output = model.outputs[0].get_node().input_value(0).get_node()
+    # The last node of a model is named after the output instead.
+    for name in (f"{node}/WithoutBiases", node, output.get_friendly_name()):
+        if name in ops:
+            return ops[name]
+    raise Infeasible(f"{node}: OpenVINO has no operation of that name")
+
+
+def keep_int8(model: ov.Model, weights: Mapping[str, Any], int8: set[str]) -> None:
+    """Of a graph that is 8-bit everywhere, put back to float what is not named in `int8`.
+
+    An operation without weights stays in 8 bits only between layers that do.
+    """
+    for op in model.get_ops():
+        if op.get_friendly_name() in weights and op.get_type_name() in WEIGHTED:
+            if op.get_friendly_name() in int8:
+                _check_quantized(op)
+            else:
+                _past_quantizer(op.input(0))
+                op.input(1).replace_source_output(_copy(weights[op.get_friendly_name()]).output(0))
+    for op in model.get_ops():
+        if op.get_type_name() == "FakeQuantize" and not _is_between(op, weights, int8):
+            for target in op.output(0).get_target_inputs():
+                _past_quantizer(target)
+    model.validate_nodes_and_infer_types()
+
+
+def _check_quantized(op: Any) -> None:
+    if op.input_value(1).get_node().get_type_name() == "Constant":
+        raise Infeasible(f"{op.get_friendly_name()}: NNCF does not quantize this operation")
+
+
+def _past_quantizer(port: Any) -> None:
+    source = port.get_source_output().get_node()
+    if source.get_type_name() == "FakeQuantize":
+        port.replace_source_output(source.input_value(0))
+
+
+def _copy(constant: Any) -> Any:
+    copy = opset13.constant(constant.data.astype(np.float32))
+    copy.set_friendly_name(constant.get_friendly_name())
+    return copy
+
+
+def _is_between(quantizer: Any, weights: Mapping[str, Any], int8: set[str]) -> bool:
+    before = _nearest([quantizer.input_value(0).get_node()], _inputs, weights)
+    after = _nearest([port.get_node() for port in quantizer.output(0).get_target_inputs()], _consumers, weights)
+    return (bool(before) and before <= int8) or bool(after & int8)
+
+
+def _inputs(op: Any) -> Iterator[Any]:
+    return (value.get_node() for value in op.input_values())
+
+
+def _consumers(op: Any) -> Iterator[Any]:
+    # Behind the next quantizer begins another region.
+    if op.get_type_name() == "FakeQuantize":
+        return iter(())
+    return (port.get_node() for output in op.outputs() for port in output.get_target_inputs())
+
+
+def _nearest(starts: list[Any], step: Callable[[Any], Iterator[Any]], weights: Mapping[str, Any]) -> set[str]:
+    """The first weighted operations on every way from `starts`; sizes and constants lead nowhere."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    while starts:
+        op = starts.pop()
+        name = op.get_friendly_name()
+        if name in seen or op.get_type_name() in ("ShapeOf", "Constant"):
+            continue
+        seen.add(name)
+        if name in weights:
+            found.add(name)
+        else:
+            starts.extend(step(op))
+    return found
+
+
+def _place_int4(model: ov.Model, node: str, numbers: LayerNumbers) -> None:
+    op = _find(model, node)
+    _past_quantizer(op.input(0))
+    # The plugin knows compressed weights by this chain, with the weight as (out, in).
+    name = op.get_friendly_name()
+    replacement = opset13.matmul(op.input_value(0), _decompressed(numbers, name), False, True)
+    op.output(0).replace(replacement.output(0))
+    replacement.set_friendly_name(name)
+    model.validate_nodes_and_infer_types()
+
+
+def _decompressed(numbers: LayerNumbers, name: str) -> Any:
+    if numbers.values is None or numbers.scales is None:
+        raise Infeasible(f"{name}: 4 bits without integer values")
+    rows, groups = numbers.scales.shape
+    values = numbers.values.numpy().reshape(rows, groups, -1)
+    tensor = ov.Tensor(ov.Type.i4, ov.Shape(values.shape))  # owns its memory: one made from an array would borrow it
+    tensor.data[:] = _pack(values)
+    constant = opset13.constant(tensor)
+    scales = opset13.constant(numbers.scales.numpy().astype(np.float32)[..., None])
+    weight = opset13.multiply(opset13.convert(constant, "f32"), scales)
+    flat = opset13.constant(np.array([rows, values[0].size], np.int64))
+    return opset13.reshape(weight, flat, special_zero=False)
+
+
+def _pack(values: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Two's-complement nibbles, two to a byte, the first one low."""
+    nibbles = np.pad(values.reshape(-1), (0, values.size % 2)).astype(np.uint8) % np.uint8(16)
+    return (nibbles[0::2] + nibbles[1::2] * np.uint8(16)).view(np.int8)
+
+
+def _kernels(deployed: Deployed) -> dict[str, str]:
+    core = ov.Core()
+    model = core.read_model(deployed.folder / "model.xml")
+    # With an open batch size the plugin chooses only when it runs.
+    model.reshape({port: [1, *spec.shape[1:]] for port, spec in zip(model.inputs, deployed.inputs, strict=True)})
+    options = {"INFERENCE_PRECISION_HINT": HINT[deployed.precision], "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = core.compile_model(model, "CPU", options)
+    found = {}
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        if info["layerType"].value in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul"):
+            found[op.get_friendly_name()] = str(info["primitiveType"].value)
+    return found

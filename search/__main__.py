@@ -1,0 +1,61 @@
+"""`python -m search`: the whole program on one screen; with `build.py` the only reader of a DictConfig."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from compressors.errors import ConfigError
+from search import build
+from search.conclude import conclude, show
+from search.progress import ProgressView
+from search.study import run
+
+
+def search(config: DictConfig, console: Console) -> None:
+    """Build, run to the budget or to Ctrl-C, choose, register, and print the front."""
+    with ProgressView(console, str(config.quality)) as view:
+        job = build.build(config, view.training)
+        outcome = run(job, view)
+        conclusion = conclude(job, outcome)
+    show(conclusion, console)
+
+
+def guarded(action: Callable[[], None], console: Console) -> int:
+    """Exit code of an action; what the user got wrong becomes one line."""
+    try:
+        action()
+    except ConfigError as error:
+        console.print(f"compareto: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        return 2
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a search with Hydra's command line: overrides, `--multirun`, `--cfg job`, `--help`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    errors = Console(stderr=True)
+    codes: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        codes.append(guarded(lambda: search(config, console), errors))
+
+    if not any(word.startswith("-") for word in arguments):
+        # Hydra would print a page about a mistyped option; this says it in a line.
+        code = guarded(lambda: _check(arguments), errors)
+        if code:
+            return code
+    sys.argv = ["compareto search", *arguments]
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)()
+    return max(codes, default=0)
+
+
+def _check(arguments: Sequence[str]) -> None:
+    build.compose(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

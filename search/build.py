@@ -1,0 +1,231 @@
+"""Builds a `Search` from the composed configuration; with `__main__.py` the only place where a DictConfig lives."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from compressors.errors import ConfigError
+from compressors.layers import read_layers
+from compressors.pipeline import Compressor
+from compressors.plan import Scalar, digest
+from evaluators.evaluation import Evaluator
+from evaluators.machine import machine, versions
+from evaluators.measurement import Metric
+from evaluators.runtime import Runtime
+from search.cache import WeightStore
+from search.models import check_model, load_checkpoint
+from search.select import Bound
+from search.space import build_space
+from search.study import Budget, Search
+from search.tracking import Tracker
+from search.training import TrainingProgress, trained
+from search.trial import Workbench
+from search.workload import Splits, Task, Workload, checked
+
+Watch = Callable[[TrainingProgress], None]
+
+# What decides whether two runs belong to the same study, beside model, data, machine and versions.
+FINGERPRINTED = ("compressor", "runtime", "evaluator", "task", "objectives", "bounds", "seed", "recovery_batch")
+
+
+def build(
+    config: DictConfig,
+    watch: Watch,
+    workload: Workload | None = None,
+    extra: Mapping[str, Evaluator] | None = None,
+) -> Search:
+    """Everything the search needs; raises `ConfigError` for whatever is wrong, before any trial.
+
+    `watch` hears of the training of the uncompressed network, if it has to be trained first. A `workload` given
+    takes the place of the groups model, data and task; `extra` evaluators come before the configured ones.
+    """
+    OmegaConf.resolve(config)
+    budget = Budget(config.budget.trials, config.budget.minutes)
+    folder, cache = _folder("folder", config.folder), _folder("cache", config.cache)
+    runtimes: dict[str, Runtime] = {name: make(f"runtime.{name}", node) for name, node in config.runtime.items()}
+    evaluators: dict[str, Evaluator] = dict(extra or {})
+    evaluators |= {name: make(f"evaluator.{name}", node) for name, node in config.evaluator.items()}
+    objectives, bounds = _objectives(config, evaluators), _bounds(config)
+    for bound in bounds:
+        _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
+    tracker: Tracker = make("tracking", config.tracking)
+    rule, sampler = make("rule", config.rule), make("sampler", config.sampler)
+    compressors: dict[str, Compressor] = {}
+    spaces: dict[str, Mapping[str, Any]] = {}
+    for name, node in config.compressor.items():
+        fields = _plain(node)
+        spaces[name] = fields.pop("space", {})
+        compressors[name] = make(f"compressor.{name}", fields)
+    tracker.check()
+
+    workload = workload or build_workload(config, cache, watch)
+    check_model(workload.model, workload.example, len(workload.splits.classes) or None)
+    layers = read_layers(workload.model, workload.example)
+    groups = {name: c.groups(workload.model, workload.example) for name, c in compressors.items()}
+    space = build_space(spaces, compressors, groups, layers, runtimes, config.seed)
+    prints = workload.fingerprint()
+    environment = {**machine(), **versions()}
+    shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
+    workbench = Workbench(
+        workload, compressors, runtimes, evaluators, environment, shared, WeightStore(shared), config.recovery_batch
+    )
+    return Search(
+        name=str(config.study),
+        workbench=workbench,
+        layers=layers,
+        space=space,
+        objectives=objectives,
+        bounds=bounds,
+        budget=budget,
+        sampler=lambda seed: sampler(seed=seed),
+        storage=str(config.storage.url),
+        tracker=tracker,
+        rule=rule,
+        folder=folder,
+        fingerprint=_fingerprint(config, prints, environment, space.digest),
+        config=OmegaConf.to_yaml(config),
+        quality=str(config.quality),
+        seed=config.seed,
+    )
+
+
+def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
+    """Load the data, make the network, and load its checkpoint or train it once."""
+    model_config = config.model
+    if model_config.network is None:
+        raise ConfigError(
+            "model", f"{model_config.name!r} was given from Python", "use compareto.reproduce with the same model"
+        )
+    splits: Splits = checked(make("data", _without_name(config.data)), f"data={config.data.name}")
+    task: Task = make("task", config.task)
+    shape = {"classes": len(splits.classes), "channels": splits.train.inputs[0].shape[1]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = make("model.network", {**_plain(model_config.network), **shape})
+    if model_config.checkpoint is not None:
+        load_checkpoint(model, Path(model_config.checkpoint).expanduser())
+    elif model_config.training is not None:
+        recipe = make("model.training", model_config.training)
+        model = trained(model, splits, task, recipe, cache / "trained", watch)
+    else:
+        raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
+    return Workload(workload_name(config), model.eval().requires_grad_(False), splits, task)
+
+
+def workload_name(config: DictConfig) -> str:
+    """What a study is about: the experiment under which the tracker keeps it."""
+    return f"{config.model.name}-{config.data.name}"
+
+
+def make(path: str, node: Any) -> Any:
+    """Instantiate a `_target_` block; what the block's own class refuses keeps its `ConfigError`."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        reason = " ".join(str(cause or error).split())
+        raise ConfigError(path, reason, f"see the comments in conf/{path.split('.')[0]}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(path, " ".join(str(error).split()), f"see conf/{path.split('.')[0]}") from error
+
+
+def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
+    return {metric.name: metric for evaluator in evaluators.values() for metric in evaluator.metrics()}
+
+
+def _objectives(config: DictConfig, evaluators: Mapping[str, Evaluator]) -> tuple[Metric, ...]:
+    known = _metrics(evaluators)
+    if len(config.objectives) < 2:
+        raise ConfigError("objectives", f"is {list(config.objectives)}", "give at least two of " + ", ".join(known))
+    for name in config.objectives:
+        _known(f"objectives: {name}", name, known)
+    return tuple(known[name] for name in config.objectives)
+
+
+def _bounds(config: DictConfig) -> tuple[Bound, ...]:
+    for name, limit in config.bounds.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise ConfigError(f"bounds.{name}", f"is {limit!r}", "give a number")
+    return tuple(Bound(str(name), float(limit)) for name, limit in config.bounds.items())
+
+
+def _known(path: str, name: str, known: Mapping[str, Metric]) -> None:
+    if name not in known:
+        raise ConfigError(path, "no evaluator measures it", f"use {', '.join(known)}, or add to evaluator=[...]")
+
+
+def _folder(path: str, value: str) -> Path:
+    """The folder, made if need be and known to be writable."""
+    folder = Path(value).expanduser().absolute()
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(path, f"{folder} cannot be written ({error.strerror})", f"set {path}=DIRECTORY") from error
+    return folder
+
+
+def _fingerprint(
+    config: DictConfig, workload: Mapping[str, str], environment: Mapping[str, Scalar], space: str
+) -> dict[str, Scalar]:
+    chosen = {name: _shown(_plain(config[name])) for name in FINGERPRINTED}
+    return {**workload, **environment, **chosen, "space": space}
+
+
+def _shown(value: Any) -> Scalar:
+    """Short settings as they are, so that a difference can be read; long ones by digest."""
+    text = str(value)
+    return text if len(text) <= 100 else digest(value)
+
+
+def _without_name(node: DictConfig) -> dict[str, Any]:
+    return {key: value for key, value in _plain(node).items() if key != "name"}
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration with command-line overrides applied; raises `ConfigError` for one that fits nothing."""
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            return hydra_compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split())
+        wrong = next((o for o in overrides if _key(o) and _key(o) in text), " ".join(overrides))
+        raise ConfigError(wrong, f"does not fit the configuration ({text})", _closest(_key(wrong))) from error
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _closest(key: str) -> str:
+    """The option that was probably meant, or where to look."""
+    with initialize_config_module("conf", version_base="1.3"):
+        known = sorted(_options(OmegaConf.to_container(hydra_compose("config")), ""))
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]}?" if near else "all options: conf/config.yaml and the folders beside it"
+
+
+def _options(node: Any, path: str) -> Iterator[str]:
+    if path:
+        yield path
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from _options(child, f"{path}.{name}" if path else str(name))

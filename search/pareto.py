@@ -1,0 +1,47 @@
+"""Which candidates nobody beats, bands respected; standard library and measurements only."""
+
+from collections.abc import Sequence
+
+from evaluators.measurement import Measurement
+
+Row = Sequence[Measurement]
+"""One candidate's measurements, one per objective, in the same order for every candidate."""
+
+
+def dominates(a: Row, b: Row) -> bool:
+    """True when `a` is no worse in every value and better beyond the bands in at least one.
+
+    Whatever is dominated here is also dominated in the ordinary sense, by values alone, and that relation has no
+    cycles; so this one has none either, and a front of at least one candidate always remains. It is not transitive:
+    a wide band may protect from one rival and not from another.
+    """
+    pairs = list(zip(a, b, strict=True))
+    return all(x.no_worse(y) for x, y in pairs) and any(x.clearly_better(y) for x, y in pairs)
+
+
+def front(rows: Sequence[Row]) -> list[int]:
+    """The positions, in order, of the rows that no other row dominates; equal rows all stay."""
+    return [i for i, row in enumerate(rows) if not any(dominates(other, row) for other in rows)]
+
+
+def distinct(rows: Sequence[Row]) -> list[int]:
+    """Front members, picked in order, of which every two differ beyond their bands in at least one objective."""
+    kept: list[int] = []
+    for i in front(rows):
+        if all(_differ(rows[i], rows[j]) for j in kept):
+            kept.append(i)
+    return kept
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """The area between two minimised objectives and the reference point, exact; points beyond it add nothing."""
+    area, ceiling = 0.0, reference[1]
+    for x, y in sorted(points):
+        if x < reference[0] and y < ceiling:
+            area += (reference[0] - x) * (ceiling - y)
+            ceiling = y
+    return area
+
+
+def _differ(a: Row, b: Row) -> bool:
+    return any(x.clearly_better(y) or y.clearly_better(x) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,379 @@
+"""The study: asks Optuna for plans, has them carried out, tells it what came of them; resumes whatever was begun."""
+
+import fcntl
+import sqlite3
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from compressors.errors import ConfigError
+from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
+from evaluators.measurement import Metric
+from search.liveness import is_gone, this_process
+from search.select import Bound, Rule, front_of
+from search.space import SearchSpace
+from search.tracking import StudyRun, Tracker
+from search.trial import Clock, TrialRecord, Workbench
+
+HEARTBEAT_S = 20
+RETRIES = 2
+# So many repeated proposals in a row mean that the sampler has nothing new to say.
+DUPLICATES_IN_A_ROW = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop: so many finished trials, or so many minutes of trials; None is no limit."""
+
+    trials: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a search without an end."""
+        if self.trials is None and self.minutes is None:
+            raise ConfigError("budget", "has neither trials nor minutes", "set budget.trials=N or budget.minutes=M")
+        for name, value in (("trials", self.trials), ("minutes", self.minutes)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"budget.{name}", f"is {value}", "give a number above 0")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything one search needs, built from its configuration."""
+
+    name: str
+    workbench: Workbench
+    layers: tuple[LayerSpec, ...]
+    space: SearchSpace
+    objectives: tuple[Metric, ...]
+    bounds: tuple[Bound, ...]
+    budget: Budget
+    sampler: Callable[[int], optuna.samplers.BaseSampler]
+    storage: str
+    tracker: Tracker
+    rule: Rule
+    folder: Path
+    fingerprint: Mapping[str, Scalar]
+    config: str
+    quality: str
+    seed: int = 0
+
+    @property
+    def reference(self) -> Target:
+        """The uncompressed model's place in the first runtime of the configuration: what latency is a ratio to."""
+        runtime, precisions = next(iter(self.space.targets.items()))
+        return Target(runtime, precisions[0])
+
+    def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The finished records within all bounds that nothing dominates."""
+        return front_of(records, [metric.name for metric in self.objectives], self.bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a running study stands; `phase` is what the current trial does."""
+
+    done: int
+    records: Sequence[TrialRecord]
+    front: Sequence[TrialRecord]
+    phase: str
+    elapsed_s: float
+    duplicates: int
+    budget: Budget
+
+
+class Watcher(Protocol):
+    """Told of every change; draws or prints it."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Called often, from the searching thread; must be quick."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study has so far, read back from the tracker, and why it ended."""
+
+    study: StudyRun
+    records: tuple[TrialRecord, ...]
+    front: tuple[TrialRecord, ...]
+    ended: str
+
+
+def run(search: Search, watch: Watcher) -> Outcome:
+    """Begin the study, or take it up where it was left, and carry it to its budget.
+
+    Ctrl-C puts the running trial back into the queue and returns what there is; `ended` then says so.
+    """
+    loop = _Loop(search, watch)
+    try:
+        ended = loop.until_spent()
+    except KeyboardInterrupt:
+        ended = "interrupted: the same command goes on from here"
+    finally:
+        search.workbench.close()
+    records = tuple(search.tracker.records(loop.run))
+    return Outcome(loop.run, records, tuple(search.front(records)), ended)
+
+
+class _Loop:
+    """One worker's run through the study."""
+
+    def __init__(self, search: Search, watch: Watcher) -> None:
+        self.search, self.watch = search, watch
+        search.tracker.check()
+        self.study = _open_study(search)
+        bench = search.workbench
+        self.parent = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
+        self.records = list(search.tracker.records(search.name))
+        self.spent_before = _spent_s(self.study)
+        self.began = time.perf_counter()
+        self.duplicates = 0
+        self.reference = bench.reference(search.reference, Clock(watch=self._show))
+        self.examples = bench.examples("validation")
+
+    def until_spent(self) -> str:
+        """Trial after trial; says why it stopped."""
+        in_a_row = 0
+        while True:
+            ended = self._budget_spent()
+            if ended:
+                return ended
+            in_a_row = in_a_row + 1 if self._one() else 0
+            if in_a_row >= DUPLICATES_IN_A_ROW:
+                return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
+
+    def _budget_spent(self) -> str:
+        budget = self.search.budget
+        done, elapsed = len(_counted(self.study)), self._elapsed()
+        if budget.trials is not None and done >= budget.trials:
+            return f"budget spent: {done} of {budget.trials} trials"
+        if budget.minutes is not None and elapsed >= 60 * budget.minutes:
+            return f"budget spent: {elapsed / 60:.1f} of {budget.minutes:g} minutes, {done} trials"
+        return ""
+
+    def _one(self) -> bool:
+        """Ask, carry out, tell. True if the plan had been measured before."""
+        with _host_lock(self.search):
+            self._take_up_the_dead()
+            trial = self.study.ask()
+            trial.set_user_attr("owner", this_process())
+        plan = self.search.space.sample(trial)
+        twin = _twin(self.study, plan.digest)
+        trial.set_user_attr("digest", plan.digest)
+        if twin is not None:
+            self._tell_again(trial, twin)
+            self.duplicates += 1
+            return True
+        # Measured and recorded by a worker that died before it could tell Optuna.
+        record = self.search.tracker.find(self.run, plan.digest) or self._carry_out(trial, plan)
+        if record is not None:
+            self._tell(trial, record)
+        return False
+
+    def _carry_out(self, trial: Trial, plan: CompressionPlan) -> TrialRecord | None:
+        """Run the plan with its tracker run open; the one place where any failure of a candidate is caught."""
+        tracker, clock = self.search.tracker, Clock(watch=self._show)
+        run_id = tracker.start_trial(self.run, trial.number, plan)
+        with tempfile.TemporaryDirectory() as folder, _heartbeat(self.study, trial.number):
+            try:
+                record, deployed = self.search.workbench.run(
+                    trial.number, plan, self.reference, self.examples, Path(folder), clock
+                )
+                tracker.finish_trial(run_id, record, deployed)
+            except KeyboardInterrupt:
+                tracker.kill_trial(run_id)
+                _requeue(self.study, trial.number)
+                raise
+            except Exception as error:  # noqa: BLE001  a candidate may fail in any library; the study goes on
+                tracker.fail_trial(run_id, clock.phase, traceback.format_exc())
+                trial.set_user_attr("error", f"{clock.phase}: {type(error).__name__}: {error}")
+                self.study.tell(trial, state=TrialState.FAIL)
+                return None
+        return record
+
+    def _tell(self, trial: Trial, record: TrialRecord) -> None:
+        """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""
+        self.records = [*(r for r in self.records if r.number != record.number), record]
+        if record.infeasible is not None:
+            trial.set_user_attr("infeasible", record.infeasible)
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            for bound in self.search.bounds:
+                trial.set_constraint(bound.metric, bound.violation(record))
+            self.study.tell(trial, [record.value(metric.name).value for metric in self.search.objectives])
+        self._show("")
+        self._log_progress()
+
+    def _tell_again(self, trial: Trial, twin: FrozenTrial) -> None:
+        """The same plan gets the same answer, without any work."""
+        trial.set_user_attr("duplicate_of", twin.number)
+        for name, violation in twin.constraints.items():
+            trial.set_constraint(name, violation)
+        if twin.state is TrialState.COMPLETE:
+            self.study.tell(trial, twin.values)
+        else:
+            self.study.tell(trial, state=twin.state)
+
+    def _take_up_the_dead(self) -> None:
+        """Put trials of workers that are gone back into the queue, and close the runs they left open."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if _is_dead(trial, self.search.storage):
+                _requeue(self.study, trial.number)
+        running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+        for left in self.search.tracker.open_trials(self.run):
+            if left.number not in running:
+                self.search.tracker.kill_trial(left.run_id)
+
+    def _elapsed(self) -> float:
+        return self.spent_before + time.perf_counter() - self.began
+
+    def _show(self, phase: str) -> None:
+        records = tuple(self.records)
+        done = len(_counted(self.study)) if not phase else len(records)
+        self.watch(
+            Progress(
+                done, records, self.search.front(records), phase, self._elapsed(), self.duplicates, self.search.budget
+            )
+        )
+
+    def _log_progress(self) -> None:
+        on_front = self.search.front(self.records)
+        best = {
+            f"best.{m.name}": (min if m.direction == "minimize" else max)(r.value(m.name).value for r in on_front)
+            for m in self.search.objectives
+            if on_front
+        }
+        self.search.tracker.progress(
+            self.run, len(self.records), {"trials": len(self.records), "front": len(on_front), **best}
+        )
+
+
+def _open_study(search: Search) -> optuna.Study:
+    """Create or load; refuses a study that was begun with anything else than what is at hand now."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = _open_storage(search.storage)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=search.name,
+        directions=[metric.direction for metric in search.objectives],
+        load_if_exists=True,
+    )
+    known = study.user_attrs.get("fingerprint")
+    if known is None:
+        study.set_user_attr("fingerprint", dict(search.fingerprint))
+        study.set_metric_names([metric.name for metric in search.objectives])
+    elif known != dict(search.fingerprint):
+        differing = [k for k in {**known, **search.fingerprint} if known.get(k) != search.fingerprint.get(k)]
+        shown = "; ".join(f"{k} was {known.get(k)}, is {search.fingerprint.get(k)}" for k in sorted(differing)[:3])
+        raise ConfigError(
+            "study", f"{search.name!r} was begun differently: {shown}", "choose another name with study=NAME"
+        )
+    study.sampler = search.sampler(search.seed + len(study.get_trials(deepcopy=False)))
+    if not study.user_attrs.get("begun"):
+        for answers in (*search.space.baselines(), *search.space.uniform()):
+            study.enqueue_trial(answers, skip_if_exists=True)
+        study.set_user_attr("begun", True)
+    return study
+
+
+def _open_storage(url: str) -> RDBStorage:
+    """SQLite is put into write-ahead mode, so that readers never wait for a writer."""
+    try:
+        if url.startswith("sqlite:///"):
+            path = Path(url.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with sqlite3.connect(path, timeout=30) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=6 * HEARTBEAT_S,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+            )
+    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            "storage.url", f"{url} cannot be opened ({reason})", "check that it is reachable and writable"
+        ) from error
+
+
+def _counted(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that used up budget: finished, not answered from an earlier one, not given up by a dead worker."""
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [
+        t
+        for t in finished
+        if "duplicate_of" not in t.user_attrs and (t.state is not TrialState.FAIL or "error" in t.user_attrs)
+    ]
+
+
+def _twin(study: optuna.Study, digest: str) -> FrozenTrial | None:
+    return next((t for t in _counted(study) if t.user_attrs.get("digest") == digest), None)
+
+
+def _spent_s(study: optuna.Study) -> float:
+    return sum(t.duration.total_seconds() for t in _counted(study) if t.duration is not None)
+
+
+def _requeue(study: optuna.Study, number: int) -> None:
+    """Give a trial up and queue its parameters again, at most `RETRIES` times over all its lives."""
+    study.tell(number, state=TrialState.FAIL)
+    lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, lost)
+
+
+def _is_dead(trial: FrozenTrial, storage: str) -> bool:
+    owner = trial.user_attrs.get("owner")
+    # Asked and signed under one lock: in a file that one host owns, nobody can still be about to sign.
+    return storage.startswith("sqlite") if owner is None else is_gone(owner)
+
+
+@contextmanager
+def _host_lock(search: Search) -> Iterator[None]:
+    """Asking and signing a trial is one act among the workers of a host."""
+    search.folder.mkdir(parents=True, exist_ok=True)
+    with (search.folder / f"{search.name}.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
+    """Optuna beats only inside `study.optimize`; an ask-and-tell loop has to do it itself."""
+    storage = cast(RDBStorage, study._storage)  # there is no public way from a study to its storage
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            storage.record_heartbeat(trial_id)
+
+    storage.record_heartbeat(trial_id)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,514 @@
+"""Writes every trial to MLflow and reads studies back from it; the only importer of mlflow, and no judge of results.
+
+Runs are addressed by id through the client: no active run and no global tracking URI, so several workers and threads
+may record at once.
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
+
+from compressors.errors import ConfigError
+from compressors.plan import CompressionPlan, Scalar
+from evaluators.measurement import Measurement, Metric
+from evaluators.runtime import Deployed, Runtime, TensorSpec
+from search.liveness import this_process
+from search.trial import TrialRecord
+
+# Read by mlflow as it is imported: it would report its use to its makers and print a link after every run.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+with warnings.catch_warnings():
+    # mlflow.pyfunc warns, as it is imported, about the type hints of its own classes.
+    warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)
+    import mlflow.artifacts
+    import mlflow.pyfunc
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModelOutput, Param, RunTag
+    from mlflow.entities import Metric as LoggedMetric
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema
+    from mlflow.types import TensorSpec as SignatureSpec
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+SQLITE = "sqlite:///"
+RECORD_FILE = "measurements.json"
+MODEL_FOLDER = "model"
+CHAMPION = "champion"
+PARAMS_PER_CALL = 100
+VALUE_LENGTH = 6000
+TAG_LENGTH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRun:
+    """Where a study is recorded: its parent run, and the experiment of its workload."""
+
+    name: str
+    experiment_id: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTrial:
+    """A trial whose run has not ended; `owner` names the process that opened it."""
+
+    run_id: str
+    number: int
+    digest: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One MLflow store: a database URI with a folder for files, or a server's address, which has its own."""
+
+    uri: str
+    artifacts: str | None = None
+
+    @cached_property
+    def address(self) -> str:
+        """The URI with an absolute path, valid in any working folder."""
+        if not self.uri.startswith(SQLITE):
+            return self.uri
+        return SQLITE + str(Path(self.uri.removeprefix(SQLITE)).expanduser().absolute())
+
+    @cached_property
+    def _folder(self) -> Path | None:
+        return Path(self.artifacts).expanduser().absolute() if self.artifacts else None
+
+    @cached_property
+    def _client(self) -> Any:
+        return MlflowClient(tracking_uri=self.address, registry_uri=self.address)
+
+    # -- Before any work
+
+    def check(self) -> None:
+        """Raises `ConfigError` within seconds when the store cannot be reached or its folder not be written."""
+        for folder in self._local_folders():
+            _check_writable(folder)
+        remedy = "start the server, correct the address, or use tracking=local"
+        try:
+            with _impatient():
+                self._client.search_experiments(max_results=1)
+        except (MlflowException, SQLAlchemyError) as error:
+            raise ConfigError("tracking.uri", f"{self.uri} does not answer ({_first_line(error)})", remedy) from error
+
+    def _local_folders(self) -> Iterator[Path]:
+        if self.address.startswith(SQLITE):
+            yield Path(self.address.removeprefix(SQLITE)).parent
+        if self._folder:
+            yield self._folder
+
+    # -- The study
+
+    def open_study(self, name: str, workload: str, config_yaml: str, fingerprint: Mapping[str, Scalar]) -> StudyRun:
+        """The study's parent run, found or created, and set running; its fingerprint becomes its params."""
+        _check_name(name)
+        experiment = self._experiment(workload)
+        parents = self._parents(experiment, name)
+        study = parents[0] if parents else self._create_parent(experiment, name, fingerprint)
+        self._client.update_run(study.run_id, status="RUNNING")
+        self._client.log_text(study.run_id, config_yaml, "config.yaml")
+        return study
+
+    def study(self, name: str, workload: str) -> StudyRun:
+        """A study that was opened before; `ConfigError` when there is none of that name."""
+        _check_name(name)
+        experiment = self._client.get_experiment_by_name(workload)
+        parents = self._parents(str(experiment.experiment_id), name) if experiment else []
+        if not parents:
+            problem = f"{name!r} of workload {workload!r} is not in {self.uri}"
+            raise ConfigError("study", problem, "run its search first")
+        return parents[0]
+
+    def close_study(self, study: StudyRun) -> None:
+        """Mark the parent run as finished; opening it again sets it running."""
+        self._client.set_terminated(study.run_id)
+
+    def progress(self, study: StudyRun, step: int, metrics: Mapping[str, float]) -> None:
+        """Summary metrics on the parent run, so that its charts show how the search goes."""
+        self._client.log_batch(study.run_id, metrics=_logged(metrics, step))
+
+    def log_study_files(self, study: StudyRun, paths: Iterable[Path]) -> None:
+        """Put pictures and tables on the parent run; a file of the same name is replaced."""
+        for path in paths:
+            self._client.log_artifact(study.run_id, str(path))
+
+    def log_study_text(self, study: StudyRun, text: str, name: str) -> None:
+        """Put one text file on the parent run."""
+        self._client.log_text(study.run_id, text, name)
+
+    def read_study_file(self, study: StudyRun, name: str) -> str | None:
+        """A file of the parent run, or None if it has none of that name."""
+        if name not in {found.path for found in self._client.list_artifacts(study.run_id)}:
+            return None
+        return self._text(study.run_id, name)
+
+    def link(self, study: StudyRun, port: int = 5000) -> str:
+        """The page of the parent run, on the server or on a local one started with `ui_command`.
+
+        Without the query MLflow opens its pages for language-model applications.
+        """
+        base = self.uri.rstrip("/") if self._is_server else f"http://127.0.0.1:{port}"
+        query = urlencode({"workflowType": "machine_learning"})
+        return f"{base}/#/experiments/{study.experiment_id}/runs/{study.run_id}?{query}"
+
+    def ui_command(self, port: int = 5000) -> list[str]:
+        """The command that serves a local store's pages on 127.0.0.1."""
+        if self._is_server:
+            raise ConfigError("tracking.uri", f"{self.uri} is a server with pages of its own", "open it in a browser")
+        options = {"--backend-store-uri": self.address, "--host": "127.0.0.1", "--port": str(port), "--workers": "1"}
+        if self._folder:
+            options["--default-artifact-root"] = self._folder.as_uri()
+        return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+
+    @property
+    def _is_server(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+    def _experiment(self, workload: str) -> str:
+        found = self._client.get_experiment_by_name(workload)
+        if found is None:
+            location = self._folder.as_uri() if self._folder else None
+            # The tag keeps MLflow from offering its pages for language-model applications.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            try:
+                return str(self._client.create_experiment(workload, artifact_location=location, tags=tags))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(workload)
+        if found.lifecycle_stage != "active":
+            raise ConfigError("workload", f"experiment {workload!r} is deleted in MLflow", "restore it or rename yours")
+        return str(found.experiment_id)
+
+    def _create_parent(self, experiment: str, name: str, fingerprint: Mapping[str, Scalar]) -> StudyRun:
+        tags = {"compareto.study": name, "compareto.role": "study"}
+        own = str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        self._log_params(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()})
+        # Another worker may have done the same at this moment: all settle on the oldest.
+        oldest = self._parents(experiment, name)[0]
+        if oldest.run_id != own:
+            self._client.delete_run(own)
+        return oldest
+
+    def _parents(self, experiment: str, name: str) -> list[StudyRun]:
+        query = f"tags.`compareto.role` = 'study' and tags.`compareto.study` = '{name}'"
+        runs = sorted(self._search(experiment, query), key=lambda run: (run.info.start_time, run.info.run_id))
+        return [StudyRun(name, experiment, run.info.run_id) for run in runs]
+
+    # -- One trial
+
+    def start_trial(self, study: StudyRun, number: int, plan: CompressionPlan) -> str:
+        """Open a child run with the whole plan before any work on it; returns the run's id."""
+        tags = {
+            "mlflow.parentRunId": study.run_id,
+            "compareto.study": study.name,
+            "compareto.role": "trial",
+            "compareto.number": str(number),
+            "compareto.digest": plan.digest,
+            "compareto.owner": this_process(),
+        }
+        run = self._client.create_run(study.experiment_id, run_name=f"trial {number}", tags=tags)
+        run_id = str(run.info.run_id)
+        self._log_params(run_id, plan_params(plan))
+        self._client.log_text(run_id, plan.to_json(), "plan.json")
+        return run_id
+
+    def finish_trial(self, run_id: str, record: TrialRecord, deployed: Deployed | None) -> None:
+        """Record what came out, infeasible or measured, with the deployed files, and end the run."""
+        tags = {}
+        if record.infeasible is not None:
+            tags["compareto.infeasible"] = record.infeasible[:TAG_LENGTH]
+        if deployed is not None:
+            self._client.log_artifacts(run_id, str(deployed.folder), MODEL_FOLDER)
+            record = replace(record, artifact_uri=f"runs:/{run_id}/{MODEL_FOLDER}")
+            tags["compareto.inputs"] = json.dumps([asdict(spec) for spec in deployed.inputs])
+        self._client.log_text(run_id, record_to_json(record), RECORD_FILE)
+        self._client.log_batch(run_id, metrics=_logged(_numbers(record), 0), tags=_tags(tags))
+        self._client.set_terminated(run_id)
+
+    def fail_trial(self, run_id: str, stage: str, traceback_text: str) -> None:
+        """Record where and how a trial broke, and end its run as failed."""
+        last = traceback_text.strip().rsplit("\n", 1)[-1]
+        tags = {"compareto.failed_stage": stage, "compareto.error": last[:TAG_LENGTH]}
+        self._client.log_batch(run_id, tags=_tags(tags))
+        self._client.log_text(run_id, traceback_text, "error.txt")
+        self._client.set_terminated(run_id, status="FAILED")
+
+    def kill_trial(self, run_id: str) -> None:
+        """End the run of a trial whose process was stopped."""
+        self._client.set_terminated(run_id, status="KILLED")
+
+    def open_trials(self, study: StudyRun) -> list[OpenTrial]:
+        """The trials still marked running: of live workers, and left over from killed ones."""
+        return [
+            OpenTrial(run.info.run_id, int(tags["compareto.number"]), tags["compareto.digest"], tags["compareto.owner"])
+            for run in self._children(study, "RUNNING")
+            for tags in [run.data.tags]
+        ]
+
+    def find(self, study: StudyRun, digest: str) -> TrialRecord | None:
+        """The finished trial of that plan, infeasible ones included."""
+        runs = self._children(study, "FINISHED", f" and tags.`compareto.digest` = '{digest}'")
+        return next(map(self._read, runs), None)
+
+    def records(self, study: StudyRun) -> list[TrialRecord]:
+        """Every finished trial, infeasible ones included, by number."""
+        return sorted(map(self._read, self._children(study, "FINISHED")), key=lambda record: record.number)
+
+    def model_folder(self, record: TrialRecord) -> Path:
+        """The deployed files: in place where the store is local, else a temporary copy. KeyError if there are none."""
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                run_id=_run_id(record), artifact_path=MODEL_FOLDER, tracking_uri=self.address
+            )
+        )
+
+    def _log_params(self, run_id: str, params: Mapping[str, Scalar]) -> None:
+        entries = [Param(key, str(value)[:VALUE_LENGTH]) for key, value in params.items()]
+        for start in range(0, len(entries), PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=entries[start : start + PARAMS_PER_CALL])
+
+    def _children(self, study: StudyRun, status: str, more: str = "") -> Iterator[Any]:
+        query = f"tags.`mlflow.parentRunId` = '{study.run_id}' and attributes.status = '{status}'{more}"
+        return self._search(study.experiment_id, query)
+
+    def _search(self, experiment: str, query: str) -> Iterator[Any]:
+        page = self._client.search_runs([experiment], query, max_results=1000)
+        yield from page
+        while page.token:
+            page = self._client.search_runs([experiment], query, max_results=1000, page_token=page.token)
+            yield from page
+
+    def _read(self, run: Any) -> TrialRecord:
+        return record_from_json(self._text(run.info.run_id, RECORD_FILE))
+
+    def _text(self, run_id: str, name: str) -> str:
+        # A folder of its own: without one, files of a remote store would pile up in the temporary folder.
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run_id, name, folder)).read_text()
+
+    # -- The registry
+
+    def register(
+        self, study: StudyRun, records: Iterable[TrialRecord], champion: TrialRecord, runtimes: Mapping[str, Runtime]
+    ) -> None:
+        """Make each record a version of the registered model `study.name`, once, and set the alias on the champion.
+
+        The versions load with `mlflow.pyfunc.load_model` where only mlflow and the runtime are installed.
+        """
+        versions = self._versions(study.name)
+        for record in (*records, champion):
+            digest = record.plan.digest
+            if digest not in versions:
+                runtime = runtimes[record.plan.target.runtime]
+                versions[digest] = self._new_version(study, record, runtime)
+        self._client.set_registered_model_alias(study.name, CHAMPION, versions[champion.plan.digest])
+        note = (
+            f"Champion: `models:/{study.name}@{CHAMPION}`, {_summary(champion)}. The front: `pareto.html` in Artifacts."
+        )
+        self._client.set_tag(study.run_id, "mlflow.note.content", note)
+
+    def _versions(self, name: str) -> dict[str, str]:
+        """Digest -> version of everything registered under the name, which is created if new."""
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = self._client.search_model_versions(f"name = '{name}'", max_results=1000)
+        return {v.tags["compareto.digest"]: v.version for v in found if "compareto.digest" in v.tags}
+
+    def _new_version(self, study: StudyRun, record: TrialRecord, runtime: Runtime) -> str:
+        run_id = _run_id(record)
+        specs = json.loads(self._client.get_run(run_id).data.tags["compareto.inputs"])
+        inputs = tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in specs)
+        tags = {"compareto.digest": record.plan.digest, "compareto.number": str(record.number)}
+        logged = self._client.create_logged_model(
+            study.experiment_id, name=f"{study.name}-trial-{record.number}", source_run_id=run_id, tags=tags
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            packed = Path(folder, "packed")
+            model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+            save_pyfunc(packed, self.model_folder(record), runtime, record.plan.target.precision, inputs, model)
+            self._client.log_model_artifacts(logged.model_id, str(packed))
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        # Not `models:/ID`: a database store looks that up through MLflow's global tracking URI (3.17).
+        source = logged.artifact_location
+        version = self._client.create_model_version(
+            study.name, source, run_id, tags, description=_summary(record), model_id=logged.model_id
+        )
+        return str(version.version)
+
+
+def save_pyfunc(
+    path: Path, files: Path, runtime: Runtime, precision: str, inputs: Sequence[TensorSpec], model: Any = None
+) -> None:
+    """Write an MLflow model of deployed files that needs neither pickle nor this repository's code to load.
+
+    One input is given to `predict` as an array, several as a dict of arrays.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "deployed.py")
+        script.write_text(_script(runtime, precision, [spec.name for spec in inputs]))
+        with warnings.catch_warnings():
+            # An example would be stored with every version, and add nothing to the signature given here.
+            warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
+            mlflow.pyfunc.save_model(
+                path,
+                python_model=str(script),
+                artifacts={"model": str(files)},
+                signature=ModelSignature(inputs=_schema(inputs)),
+                pip_requirements=[f"mlflow=={mlflow.__version__}", *runtime.requirements()],
+                mlflow_model=model,
+            )
+
+
+def plan_params(plan: CompressionPlan) -> dict[str, Scalar]:
+    """The plan as flat names `method.key` and `method.key/layer`: MLflow refuses an `@` in a name."""
+    params: dict[str, Scalar] = {"runtime": plan.target.runtime, "precision": plan.target.precision, "seed": plan.seed}
+    for step in plan.steps:
+        params |= {f"{step.method}.{key}": value for key, value in step.shared.items()}
+        for layer, settings in step.per_layer.items():
+            params |= {f"{step.method}.{key}/{layer}": value for key, value in settings.items()}
+    return params
+
+
+def record_to_json(record: TrialRecord) -> str:
+    """The whole record as text that `record_from_json` takes back."""
+    return json.dumps(asdict(record), indent=1, allow_nan=False)
+
+
+def record_from_json(text: str) -> TrialRecord:
+    """The inverse of `record_to_json`."""
+    raw = json.loads(text)
+    raw["plan"] = CompressionPlan.from_json(json.dumps(raw["plan"]))
+    raw["measurements"] = tuple(
+        Measurement(Metric(**m["metric"]), m["value"], tuple(m["interval"]), m["n"], m["conditions"])
+        for m in raw["measurements"]
+    )
+    return TrialRecord(**raw)
+
+
+SCRIPT = '''"""Written by compareto: loads the deployed files beside it."""
+
+from __future__ import annotations
+
+import mlflow
+import mlflow.pyfunc
+import numpy
+
+{loader}
+
+class Deployed(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        self.session = {name}(context.artifacts["model"], {precision!r}, None, 0)
+
+    # The hint keeps MLflow from warning that there is none; several inputs come as a dict of arrays.
+    def predict(self, context, model_input: numpy.ndarray, params=None):
+        if isinstance(model_input, dict):
+            return self.session(*(model_input[name] for name in {inputs!r}))
+        return self.session(model_input)
+
+
+mlflow.models.set_model(Deployed())
+'''
+
+
+def _script(runtime: Runtime, precision: str, inputs: list[str]) -> str:
+    loader = runtime.loader()
+    return SCRIPT.format(loader=inspect.getsource(loader), name=loader.__name__, precision=precision, inputs=inputs)
+
+
+def _schema(inputs: Sequence[TensorSpec]) -> Any:
+    """Batch size -1; a single input stays unnamed, or MLflow would refuse a plain array."""
+    return Schema(
+        [SignatureSpec(np.dtype(s.dtype), (-1, *s.shape[1:]), s.name if len(inputs) > 1 else None) for s in inputs]
+    )
+
+
+def _numbers(record: TrialRecord) -> dict[str, float]:
+    numbers = {f"seconds.{phase}": seconds for phase, seconds in record.seconds.items()}
+    for m in record.measurements:
+        numbers |= {m.name: m.value, f"{m.name}.low": m.interval[0], f"{m.name}.high": m.interval[1]}
+    return numbers
+
+
+def _summary(record: TrialRecord) -> str:
+    values = ", ".join(f"{m.name} {m.value:.4g}" for m in record.measurements)
+    return f"trial {record.number} on {record.plan.target.runtime} {record.plan.target.precision}: {values}"
+
+
+def _logged(metrics: Mapping[str, float], step: int) -> list[Any]:
+    now = int(time.time() * 1000)
+    return [LoggedMetric(name, float(value), now, step) for name, value in metrics.items()]
+
+
+def _tags(tags: Mapping[str, str]) -> list[Any]:
+    return [RunTag(key, value) for key, value in tags.items()]
+
+
+def _run_id(record: TrialRecord) -> str:
+    """From `runs:/ID/model`."""
+    if record.artifact_uri is None:
+        raise KeyError(f"trial {record.number} has no deployed files")
+    return record.artifact_uri.split("/")[1]
+
+
+def _check_name(name: str) -> None:
+    if not name or any(c in name for c in "/:'\"`%"):
+        raise ConfigError("study", f"name {name!r} is empty or has one of / : ' \" ` %", "use letters, digits, . - _")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "tracking", f"{folder} cannot be written ({error.strerror})", "choose another folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """MLflow otherwise tries for minutes; it reads these anew for every request."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

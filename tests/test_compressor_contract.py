@@ -1,0 +1,209 @@
+"""What every compressor in conf/compressor must keep on every small net; a new one is tested without an edit here."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+import conf
+from compressors.errors import Infeasible
+from compressors.layers import read_layers
+from compressors.pipeline import Artifact, Compressor, compress
+from compressors.plan import CompressionPlan, Scalar, Step, Target
+from tests.context import make_context
+from tests.zoo import NETS, build, images
+
+FILES = sorted((Path(conf.__file__).parent / "compressor").glob("*.yaml"))
+STRENGTHS = ("weakest", "strongest")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One yaml: the compressor it makes and the knobs it offers."""
+
+    compressor: Compressor
+    knobs: Mapping[str, Mapping[str, Any]]
+
+    def values(self, key: str, kind: str) -> Sequence[Scalar]:
+        """What one knob offers a layer kind, from the mildest setting to the strongest; "off" is left out."""
+        knob = self.knobs[key]
+        choices = knob.get("choices") or [knob["low"], knob["high"]]
+        offered: list[Any] = choices.get(kind, []) if isinstance(choices, Mapping) else choices
+        deciding, off = self.compressor.off
+        if key != deciding:
+            return offered
+        return sorted((v for v in offered if v != off), key=lambda value: abs(value - off))
+
+    def keys(self, per_layer: bool) -> list[str]:
+        return [key for key, knob in self.knobs.items() if ("granularity" in knob) == per_layer]
+
+    def off_step(self, model: nn.Module) -> Step:
+        key, off = self.compressor.off
+        owners = self.compressor.groups(model, (images(),))
+        per_layer = {owner: {key: off} for owner in owners} if key in self.keys(per_layer=True) else {}
+        shared = {k: off if k == key else self.values(k, "")[-1] for k in self.keys(per_layer=False)}
+        return Step(self.compressor.method, per_layer, shared)
+
+
+@cache
+def method(name: str) -> Method:
+    raw = OmegaConf.to_container(OmegaConf.load(Path(conf.__file__).parent / "compressor" / f"{name}.yaml"))
+    assert isinstance(raw, dict)
+    space = raw.pop("space")
+    return Method(instantiate(raw), {key: knob for key, knob in space.items() if key != "when"})
+
+
+@cache
+def step(name: str, net: str, strength: str) -> Step:
+    """Every layer at its weakest or strongest setting that can be realised on it."""
+    offers, model = method(name), build(net)
+    kinds = {layer.name: layer.kind for layer in read_layers(model, (images(),))}
+    shared = {k: _pick(offers.values(k, ""), strength) for k in offers.keys(per_layer=False)}
+    per_layer: dict[str, dict[str, Scalar]] = {}
+    for owner in offers.compressor.groups(model, (images(),)):
+        for key in offers.keys(per_layer=True):
+            values = [v for v in offers.values(key, kinds[owner]) if _works(offers, model, owner, key, v, shared)]
+            per_layer[owner] = {key: _pick(values, strength)}
+    return Step(name, per_layer, shared)
+
+
+def _pick(values: Sequence[Scalar], strength: str) -> Scalar:
+    return values[0 if strength == "weakest" else -1]
+
+
+def _works(offers: Method, model: nn.Module, owner: str, key: str, value: Scalar, shared: Mapping[str, Scalar]) -> bool:
+    one = Step(offers.compressor.method, {owner: {key: value}}, shared)
+    try:
+        offers.compressor.apply(copy.deepcopy(model), one, make_context(model), 0)
+    except Infeasible:
+        return False
+    return True
+
+
+def run(model: nn.Module, *steps: Step) -> Artifact:
+    compressors = {file.stem: method(file.stem).compressor for file in FILES}
+    plan = CompressionPlan(Target("any", "fp32"), steps, seed=3)
+    return compress(model, plan, compressors, make_context(model))
+
+
+@cache
+def outcome(name: str, net: str, strength: str) -> tuple[nn.Module, Artifact]:
+    """A net and what one method made of it."""
+    model = build(net)
+    return model, run(model, step(name, net, strength))
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+every_method = pytest.mark.parametrize("name", [file.stem for file in FILES])
+every_net = pytest.mark.parametrize("net", NETS)
+every_strength = pytest.mark.parametrize("strength", STRENGTHS)
+
+
+@every_method
+def test_the_file_is_named_as_its_method(name: str) -> None:
+    assert method(name).compressor.method == name
+    assert method(name).compressor.off[0] in method(name).knobs
+
+
+@every_method
+@every_net
+def test_off_leaves_the_outputs_bit_equal(name: str, net: str) -> None:
+    model = build(net)
+    artifact = run(model, method(name).off_step(model))
+    assert torch.equal(artifact.model(images()), model(images()))
+    assert not artifact.numbers
+
+
+@every_method
+@every_net
+@every_strength
+def test_the_uncompressed_model_is_untouched(name: str, net: str, strength: str) -> None:
+    model, _ = outcome(name, net, strength)
+    assert same_state(model, build(net))
+    assert not model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@every_method
+@every_net
+@every_strength
+def test_same_plan_same_seed_same_weights(name: str, net: str, strength: str) -> None:
+    first, second = outcome(name, net, strength)[1], run(build(net), step(name, net, strength))
+    assert same_state(first.model, second.model)
+    assert first.achieved == second.achieved
+    assert _plain(first) == _plain(second)
+
+
+def _plain(artifact: Artifact) -> dict[str, tuple[object, ...]]:
+    """The numbers in a form that can be compared."""
+    return {
+        layer: (n.bits, n.group_size, *(None if t is None else t.tolist() for t in (n.values, n.scales)))
+        for layer, n in artifact.numbers.items()
+    }
+
+
+@every_method
+@every_net
+@every_strength
+def test_shape_and_dtype_of_the_output_stay(name: str, net: str, strength: str) -> None:
+    model, artifact = outcome(name, net, strength)
+    output = artifact.model(images(3))
+    assert output.shape == model(images(3)).shape
+    assert output.dtype == torch.float32
+    assert output.isfinite().all()
+
+
+@every_method
+@every_net
+@every_strength
+def test_achieved_names_every_requested_layer(name: str, net: str, strength: str) -> None:
+    asked = step(name, net, strength)
+    achieved = outcome(name, net, strength)[1].achieved[name]
+    assert achieved.keys() == (asked.per_layer.keys() if method(name).keys(per_layer=True) else {""})
+
+
+def _impossible() -> list[tuple[str, str]]:
+    return [(file.stem, key) for file in FILES for key in method(file.stem).knobs]
+
+
+@pytest.mark.parametrize(("name", "key"), _impossible())
+def test_an_impossible_value_is_infeasible(name: str, key: str) -> None:
+    good = step(name, "plain", "strongest")
+    per_layer = {owner: {k: -1 if k == key else v for k, v in s.items()} for owner, s in good.per_layer.items()}
+    bad = Step(name, per_layer, {k: -1 if k == key else v for k, v in good.shared.items()})
+    with pytest.raises(Infeasible, match=key):
+        run(build("plain"), bad)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in FILES if method(file.stem).keys(per_layer=True)])
+def test_an_unknown_layer_is_infeasible(name: str) -> None:
+    good = step(name, "plain", "strongest")
+    settings = next(iter(good.per_layer.values()))
+    with pytest.raises(Infeasible, match="nowhere"):
+        run(build("plain"), Step(name, {"nowhere": settings}, good.shared))
+
+
+def _pairs() -> list[tuple[str, str]]:
+    stages = {file.stem: method(file.stem).compressor.stage for file in FILES}
+    return [(a, b) for a in stages for b in stages if stages[a] < stages[b]]
+
+
+@pytest.mark.parametrize(("earlier", "later"), _pairs())
+@every_net
+def test_it_works_after_every_earlier_stage(earlier: str, later: str, net: str) -> None:
+    model = build(net)
+    artifact = run(model, step(earlier, net, "strongest"), step(later, net, "strongest"))
+    assert artifact.model(images()).shape == model(images()).shape
+    assert artifact.achieved.keys() == {earlier, later}

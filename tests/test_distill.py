@@ -1,0 +1,204 @@
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+
+from compressors.distill import Distill, distillation_loss, schedule
+from compressors.errors import Infeasible
+from compressors.pipeline import Batch, Compressor, Context, compress
+from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
+from compressors.prune import Prune
+from tests.context import make_context
+from tests.zoo import CLASSES, build, images
+
+METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0)
+GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.01}
+
+
+def logits(seed: int, rows: int = 6) -> Tensor:
+    return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed))
+
+
+def distill(model: nn.Module, context: Context, seed: int = 0, **changes: Scalar) -> Settings:
+    return METHOD.apply(model, Step("distill", {}, GOOD | changes), context, seed).achieved[""]
+
+
+def changed(a: nn.Module, b: nn.Module) -> bool:
+    return not all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@settings(deadline=None)  # the first call of an operation is slow on a busy machine
+@given(st.integers(0, 99), st.floats(0.5, 16))
+def test_equal_logits_cost_nothing_and_others_something(seed: int, temperature: float) -> None:
+    assert distillation_loss(logits(seed), logits(seed), temperature).item() == pytest.approx(0, abs=1e-5)
+    assert distillation_loss(logits(seed), logits(seed + 1), temperature) > 0
+
+
+@settings(deadline=None)  # the first call of an operation is slow on a busy machine
+@given(st.integers(0, 99), st.floats(-50, 50), st.floats(1, 16))
+def test_a_constant_added_to_all_classes_does_not_count(seed: int, shift: float, temperature: float) -> None:
+    moved = distillation_loss(logits(seed) + shift, logits(seed + 1), temperature)
+    torch.testing.assert_close(
+        moved, distillation_loss(logits(seed), logits(seed + 1), temperature), rtol=1e-3, atol=1e-4
+    )
+
+
+@settings(deadline=None)  # the first call of an operation is slow on a busy machine
+@given(st.integers(0, 99), st.floats(1, 16))
+def test_scaling_logits_and_temperature_scales_by_the_square(seed: int, temperature: float) -> None:
+    scaled = distillation_loss(temperature * logits(seed), temperature * logits(seed + 1), temperature)
+    torch.testing.assert_close(scaled, temperature**2 * distillation_loss(logits(seed), logits(seed + 1), 1.0))
+
+
+@settings(deadline=None)  # the first call of an operation is slow on a busy machine
+@given(st.integers(0, 99), st.floats(1, 16))
+def test_the_gradient_is_the_difference_of_the_softened_answers(seed: int, temperature: float) -> None:
+    student, teacher = logits(seed).requires_grad_(True), logits(seed + 1)
+    (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
+    soft = torch.softmax(student / temperature, -1) - torch.softmax(teacher / temperature, -1)
+    torch.testing.assert_close(gradient, temperature * soft / len(student))
+
+
+def test_sequences_are_averaged_over_every_position() -> None:
+    student, teacher = logits(0), logits(1)
+    split = distillation_loss(student.reshape(2, 3, -1), teacher.reshape(2, 3, -1), 2.0)
+    torch.testing.assert_close(split, distillation_loss(student, teacher, 2.0))
+
+
+@pytest.mark.parametrize(("done", "share"), [(0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)])
+def test_the_rate_rises_and_falls(done: float, share: float) -> None:
+    assert schedule(done, 0.1) == pytest.approx(share)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert schedule(0.0, 0.0) == 1.0
+
+
+def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noisy pictures of five fixed patterns, in turn."""
+    labels = torch.arange(count) % CLASSES
+    return images(CLASSES, seed=9)[labels] + images(count, seed), labels
+
+
+def pass_over_patterns() -> Iterator[Batch]:
+    inputs, labels = patterns(320, seed=1)
+    for rows in torch.split(torch.randperm(len(inputs)), 32):
+        yield (inputs[rows],), labels[rows]
+
+
+def accuracy(model: nn.Module) -> float:
+    inputs, labels = patterns(500, seed=2)
+    return float((model(inputs).argmax(1) == labels).float().mean())
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    model = build("plain").train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for (inputs,), labels in (batch for _ in range(8) for batch in pass_over_patterns()):
+            assert labels is not None
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]  # torch's gap
+            optimizer.step()
+    return model.eval()
+
+
+def test_a_pruned_net_regains_what_it_lost(teacher: nn.Module) -> None:
+    context = Context(teacher, (images(),), pass_over_patterns, pass_over_patterns, F.cross_entropy)
+    cut = Step("prune", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}}, {"align": 4})
+    recover = Step("distill", {}, GOOD | {"epochs": 8})
+    methods: dict[str, Compressor] = {"prune": Prune(), "distill": METHOD}
+    plans = [CompressionPlan(Target("any", "fp32"), steps) for steps in ((cut,), (cut, recover))]
+    pruned, recovered = (accuracy(compress(teacher, plan, methods, context).model) for plan in plans)
+    assert accuracy(teacher) > 0.9
+    assert pruned < 0.7
+    assert recovered > 0.9
+
+
+def test_training_leaves_no_trace_but_the_weights() -> None:
+    model = build("plain").requires_grad_(False)
+    model.get_parameter("head.bias").requires_grad_(True)
+    state = torch.get_rng_state()
+    distill(model, make_context(build("plain")))
+    assert not any(module.training for module in model.modules())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.bias"]
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert changed(model, build("plain"))
+
+
+def test_the_seed_decides_the_order_of_the_data() -> None:
+    models = [build("plain") for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        distill(model, make_context(build("plain")), seed=seed, epochs=2)
+    assert not changed(models[0], models[1])
+    assert changed(models[0], models[2])
+
+
+def test_every_epoch_is_announced() -> None:
+    lines: list[str] = []
+    achieved = distill(build("plain"), replace(make_context(build("plain")), progress=lines.append), epochs=2)
+    assert [line.split(",")[0] for line in lines] == ["distill epoch 1 of 2", "distill epoch 2 of 2"]
+    assert achieved["epochs"] == 2
+    assert isinstance(achieved["loss"], float)
+    assert math.isfinite(achieved["loss"])
+
+
+def _unlabelled(context: Context) -> Context:
+    return replace(context, train=lambda: ((inputs, None) for inputs, _ in context.train()))
+
+
+@pytest.mark.parametrize("blind", [lambda context: replace(context, loss=None), _unlabelled])
+def test_without_labels_only_the_teacher_counts(blind: Callable[[Context], Context]) -> None:
+    context = make_context(build("plain"))
+    half, whole = build("residual"), build("residual")
+    distill(half, blind(context), weight=0.5)
+    distill(whole, context, weight=1.0)
+    assert not changed(half, whole)
+
+
+def test_labels_count_where_there_are_some() -> None:
+    context = make_context(build("plain"))
+    half, whole = build("residual"), build("residual")
+    distill(half, context, weight=0.5)
+    distill(whole, context, weight=1.0)
+    assert changed(half, whole)
+
+
+def test_divergence_is_infeasible_at_once() -> None:
+    context = replace(make_context(build("plain")), loss=lambda output, _target: output.sum() * math.inf)
+    model = build("plain")
+    with pytest.raises(Infeasible, match=r"loss is (nan|-?inf) in epoch 1 of 3"):
+        distill(model, context, epochs=3)
+    assert not model.training
+
+
+def test_no_batches_are_infeasible() -> None:
+    with pytest.raises(Infeasible, match="no training batches"):
+        distill(build("plain"), replace(make_context(build("plain")), train=list))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", -1),
+        ("epochs", 1.5),
+        ("epochs", math.inf),
+        ("temperature", 0),
+        ("temperature", math.nan),
+        ("weight", 1.5),
+        ("learning_rate", 0),
+        ("learning_rate", "fast"),
+    ],
+)
+def test_what_cannot_be_done_is_infeasible(key: str, value: Scalar) -> None:
+    with pytest.raises(Infeasible, match=f"distill.{key} is {value}"):
+        METHOD.apply(build("plain"), Step("distill", {}, GOOD | {key: value}), make_context(build("plain")), 0)

@@ -1,0 +1,113 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from compressors.plan import CompressionPlan, LayerSpec, Step, Target
+from evaluators.measurement import Measurement, Metric, exact
+from search.report import View, describe, draw, front_table, layers_png, pareto_html
+from search.select import Choice
+from search.trial import TrialRecord
+
+LAYERS = [LayerSpec(f"block.{i}", "conv", (8, 8, 3, 3), 576, 1000) for i in range(5)]
+VIEW = View(quality="fidelity")
+PRUNE = Step("prune", {"block.0": {"sparsity": 0.5}}, {"align": 8})
+DISTILL = Step("distill", {}, {"epochs": 4})
+QUANTIZE = Step("quantize", {"block.1": {"bits": 8}, "block.2": {"bits": 8}, "block.3": {"bits": 4}})
+
+
+def trial(number: int, quality: float, ratio: float, *steps: Step, precision: str = "bf16") -> TrialRecord:
+    def measured(metric: Metric, value: float, half: float) -> Measurement:
+        return Measurement(metric, value, (value - half, value + half), 500)
+
+    return TrialRecord(
+        number=number,
+        plan=CompressionPlan(Target("openvino", precision), steps),
+        measurements=(
+            measured(Metric("fidelity", "agreement", "maximize"), quality, 0.01),
+            measured(Metric("latency_ratio", "of reference", "minimize"), ratio, 0.01 * ratio),
+            exact(Metric("size_bytes", "bytes", "minimize"), round(1_500_000 * ratio)),
+        ),
+        infeasible=None,
+        seconds={},
+        achieved={step.method: step.per_layer for step in steps},
+        environment={},
+    )
+
+
+BASE = trial(0, 0.98, 1.0, precision="fp32")
+BEST = trial(2, 0.975, 0.25, PRUNE, DISTILL, QUANTIZE)
+RUINED = trial(3, 0.11, 0.2, PRUNE)
+REFUSED = TrialRecord(4, BEST.plan, (), "no kernel", {}, {}, {})
+RECORDS = [BASE, trial(1, 0.97, 0.5, QUANTIZE), BEST, RUINED, REFUSED]
+FRONT = [BASE, BEST, RUINED]
+CHOICE = Choice(BEST, True, "fastest with at most 0.01 of <fidelity> lost")
+
+
+def test_what_was_done_in_a_few_words() -> None:
+    assert describe(BASE) == "uncompressed, openvino fp32"
+    assert describe(BEST) == "prune 50 %, distill 4 epochs, int8 2 layers, int4 1 layer, openvino bf16"
+    assert describe(trial(5, 0.9, 0.5, Step("fold", {}, {}))) == "fold, openvino bf16"
+
+
+def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
+    console = Console(width=200, record=True)
+    console.print(front_table(RECORDS, FRONT, CHOICE, VIEW))
+    rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [row.split()[1:3] for row in rows] == [["3", "│"], ["★", "2"], ["○", "0"]]
+    assert "0.9750 [0.9650, 0.9850]" in rows[1]
+    assert "4.00x" in rows[1]
+    assert "375.0 kB" in rows[1]
+    assert "1.50 MB" in rows[2]
+
+
+def test_everything_is_drawn_and_not_blank(tmp_path: Path) -> None:
+    paths = draw(tmp_path / "files", RECORDS, FRONT, CHOICE, LAYERS, VIEW)
+    assert [p.name for p in paths] == ["pareto.png", "pareto.html", "layers.png", "front.json"]
+    for path in (paths[0], paths[2]):
+        assert np.std(imread(path)) > 0.05
+    assert imread(paths[0]).shape[:2] == (800, 1200)
+    assert [row["trial"] for row in json.loads(paths[3].read_text())] == [0, 2, 3]
+
+
+def test_a_study_of_one_trial_can_be_drawn(tmp_path: Path) -> None:
+    draw(tmp_path, [BASE], [BASE], Choice(BASE, True, "the only one"), LAYERS, VIEW)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    pareto_html(RECORDS, FRONT, CHOICE, tmp_path / "page.html", VIEW)
+    return (tmp_path / "page.html").read_text()
+
+
+def test_the_page_stands_alone(page: str) -> None:
+    assert not re.search(r"https?://|src=|@import|<link", page)
+    assert "&lt;fidelity&gt;" in page
+    assert "<fidelity>" not in page
+
+
+def test_the_page_has_a_dot_and_data_for_every_measured_trial(page: str) -> None:
+    match = re.search(r'<script id="trials" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert match
+    data = json.loads(match[1])
+    assert set(re.findall(r'data-trial="(\d+)"', page)) == set(data) == {"0", "1", "2", "3"}
+    assert data["2"]["role"] == "champion"
+    assert data["2"]["plan"]["steps"][0]["method"] == "prune"
+
+
+def test_data_cannot_end_its_script(tmp_path: Path) -> None:
+    odd = trial(5, 0.9, 0.5, Step("</script><script>alert(1)", {}, {}))
+    pareto_html([BASE, odd], [BASE], Choice(BASE, True, ""), tmp_path / "page.html", VIEW)
+    assert "<script>alert" not in (tmp_path / "page.html").read_text()
+
+
+def test_many_layers_and_rows_are_drawn(tmp_path: Path) -> None:
+    layers = [LayerSpec(f"stage.{i}", "conv", (8, 8, 3, 3), 576, 1000) for i in range(60)]
+    layers_png(FRONT * 8, layers, tmp_path / "layers.png")
+    height, width = imread(tmp_path / "layers.png").shape[:2]
+    assert width > 2000
+    assert height > 1000
