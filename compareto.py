@@ -23,7 +23,7 @@ from search.__main__ import main as search_main
 from search.conclude import Conclusion, conclude, reselect, show
 from search.progress import ProgressView
 from search.study import run
-from search.tracking import Tracker
+from search.tracking import CONFIG_FILE, Tracker
 from search.trial import TrialRecord
 from search.workload import Split, Splits, Task, Workload, checked
 
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def _select(config: DictConfig, console: Console) -> None:
-    show(reselect(*build.selection(config)), console)
+    show(reselect(build.selection(config)), console)
 
 
 def _reproduce(config: DictConfig, console: Console) -> None:
@@ -135,7 +135,7 @@ def _reproduce(config: DictConfig, console: Console) -> None:
     study = tracker.study(str(config.study), build.workload_name(config))
     record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
     with ProgressView(console, str(config.quality)) as view:
-        search = build.build(build.recorded(tracker.config(study), config), view.training)
+        search = build.build(build.recorded(tracker.read_study_file(study, CONFIG_FILE) or "", config), view.training)
         try:
             found = reproduction.reproduce(search, record, view.phase)
         except Infeasible as infeasible:
@@ -164,9 +164,8 @@ def _mark_as_users(config: DictConfig, study: str) -> None:
 
 def _splits(train: Loader, validation: Loader, calibration: Loader | None, test: Loader | None) -> Splits:
     teach, judge = _read(train, "train"), _read(validation, "validation")
-    calibrate, final = (
-        _read(x, n) if x is not None else None for x, n in ((calibration, "calibration"), (test, "test"))
-    )
+    calibrate = None if calibration is None else _read(calibration, "calibration")
+    final = None if test is None else _read(test, "test")
     if calibrate is None:
         teach, calibrate = _divide(teach, len(teach) - min(CALIBRATION, len(teach) // 2))
     if final is None:

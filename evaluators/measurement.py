@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from compressors.plan import Scalar
 
@@ -13,7 +14,7 @@ class Metric:
 
     name: str
     unit: str
-    direction: str
+    direction: Literal["minimize", "maximize"]
 
     def __post_init__(self) -> None:
         """Refuses a direction that no study understands."""

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra import compose as hydra_compose
@@ -23,6 +23,7 @@ from evaluators.machine import machine, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from search.cache import WeightStore
+from search.conclude import Selection
 from search.models import check_model, load_checkpoint
 from search.select import Bound
 from search.space import build_space
@@ -120,6 +121,28 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
     else:
         raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
     return Workload(workload_name(config), model.eval().requires_grad_(False), splits, task)
+
+
+def selection(config: DictConfig) -> Selection:
+    """What `select` needs; neither the model nor the data is touched."""
+    return Selection(
+        study=str(config.study),
+        workload=workload_name(config),
+        tracker=make("tracking", config.tracking),
+        rule=make("rule", config.rule),
+        objectives=list(config.objectives),
+        bounds=_bounds(config),
+        runtimes={name: make(f"runtime.{name}", node) for name, node in config.runtime.items()},
+        quality=str(config.quality),
+    )
+
+
+def recorded(text: str, config: DictConfig) -> DictConfig:
+    """A study's own configuration, with the folders and stores of the one at hand."""
+    stored = cast(DictConfig, OmegaConf.create(text))
+    for name in ("folder", "cache", "storage", "tracking"):
+        stored[name] = config[name]
+    return stored
 
 
 def workload_name(config: DictConfig) -> str:

@@ -1,100 +1,119 @@
 """What follows a search: choose the champion, open the test split for it once, register, draw, and print."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from evaluators.measurement import Measurement, Metric
-from evaluators.runtime import Deployed
+from evaluators.measurement import Measurement
+from evaluators.runtime import Deployed, Runtime
 from search import report
-from search.select import Choice, baselines, choose
+from search.select import Bound, Choice, Rule, baselines, choose, front_of
 from search.study import Outcome, Search
-from search.tracking import StudyRun
-from search.trial import Clock, TrialRecord
+from search.tracking import StudyRun, Tracker, measurement_from
+from search.trial import TrialRecord
 
 TEST_FILE = "test.json"
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the user is shown: the front, the champion, and how both the champion and its input do on the test split.
-
-    `test` is empty for a metric that needs no examples, or when the test split was opened for another champion before.
-    """
+    """What the user is shown. `test` has champion and input on the test split, if that was opened for this champion."""
 
     outcome: Outcome
     choice: Choice
-    objectives: tuple[str, ...]
+    view: report.View
     test: Mapping[str, Measurement]
     link: str
-    folder: Path
+    files: tuple[Path, ...] = ()
 
 
 def conclude(search: Search, outcome: Outcome) -> Conclusion:
     """Everything after the last trial; safe to repeat."""
-    names = tuple(metric.name for metric in search.objectives)
-    choice = choose(outcome.records, search.rule, names, search.bounds)
-    test = _test_once(search, outcome.study, choice.record)
+    choice = choose(outcome.records, search.rule, [m.name for m in search.objectives], search.bounds)
+    view = report.View(quality=search.quality)
     tracker = search.tracker
+    test = _test_once(search, outcome, choice.record)
     tracker.register(outcome.study, outcome.front, choice.record, search.workbench.runtimes)
-    folder = search.folder / search.name
-    tracker.log_study_files(outcome.study, report.draw(folder, outcome.records, outcome.front, choice, search.layers))
+    files = report.draw(search.folder / search.name, outcome.records, outcome.front, choice, search.layers, view)
+    tracker.log_study_files(outcome.study, files)
     tracker.close_study(outcome.study)
-    return Conclusion(outcome, choice, names, test, tracker.link(outcome.study), folder)
+    return Conclusion(outcome, choice, view, test, tracker.link(outcome.study), tuple(files))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What another choice among recorded trials needs: no model, no data."""
+
+    study: str
+    workload: str
+    tracker: Tracker
+    rule: Rule
+    objectives: Sequence[str]
+    bounds: Sequence[Bound]
+    runtimes: Mapping[str, Runtime]
+    quality: str
+
+
+def reselect(selection: Selection) -> Conclusion:
+    """Another champion from what the tracker holds; only the alias moves, and the test split stays closed."""
+    tracker = selection.tracker
+    study = tracker.study(selection.study, selection.workload)
+    records = tuple(tracker.records(study))
+    choice = choose(records, selection.rule, selection.objectives, selection.bounds)
+    front = tuple(front_of(records, selection.objectives, selection.bounds))
+    tracker.register(study, front, choice.record, selection.runtimes)
+    outcome = Outcome(study, records, front, "chosen from the recorded trials, nothing was run")
+    view = report.View(quality=selection.quality)
+    return Conclusion(outcome, choice, view, _recorded_test(tracker, study, choice.record), tracker.link(study))
 
 
 def show(conclusion: Conclusion, console: Console) -> None:
     """The front as a table, the champion and why, the test split, and where to look further."""
     outcome, choice = conclusion.outcome, conclusion.choice
-    console.print(report.front_table(outcome.records, outcome.front, choice, conclusion.objectives))
-    console.print(f"[bold]champion:[/] trial {choice.record.number}, {choice.reason}", highlight=False)
+    console.print(report.front_table(outcome.records, outcome.front, choice, conclusion.view))
+    lines = [f"champion: trial {choice.record.number}, {choice.reason}"]
     if not choice.met:
-        console.print("[bold yellow]no point meets the rule; this is the nearest[/]")
-    for name, measured in conclusion.test.items():
-        low, high = measured.interval
-        console.print(
-            f"test split, {name}: {measured.metric.name} {measured.value:.4f} [{low:.4f}, {high:.4f}], n = {measured.n}",
-            highlight=False,
-        )
-    console.print(f"{outcome.ended}; files in {conclusion.folder}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow: compareto ui, then {conclusion.link}", highlight=False, soft_wrap=True)
+        lines.append("nothing meets the rule: this is the nearest")
+    lines += [f"on the test split, {name}: {_percent(measured)}" for name, measured in conclusion.test.items()]
+    lines += [f"picture: {path}" for path in conclusion.files if path.suffix == ".png"]
+    lines += [outcome.ended, f"more: start ./scripts/ui (or compareto ui) and open {conclusion.link}"]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _test_once(search: Search, study: StudyRun, champion: TrialRecord) -> dict[str, Measurement]:
-    """Measure champion and original on the test split, unless that was done before: then only its record is read."""
-    text = search.tracker.read_study_file(study, TEST_FILE)
+def _percent(measured: Measurement) -> str:
+    value, low, high = (100 * x for x in (measured.value, *measured.interval))
+    return f"{measured.name} {value:.2f} % [{low:.2f}, {high:.2f}], {measured.n} examples"
+
+
+def _test_once(search: Search, outcome: Outcome, champion: TrialRecord) -> Mapping[str, Measurement]:
+    """Measure champion and original on the test split, unless that was done before for any champion of this study."""
+    if search.tracker.read_study_file(outcome.study, TEST_FILE) is None:
+        original = baselines(outcome.records)[0]
+        measured = {"champion": _on_test(search, champion), "uncompressed": _on_test(search, original)}
+        numbers = {f"test.{name}.{m.name}": m.value for name, m in measured.items()}
+        search.tracker.progress(outcome.study, len(outcome.records), numbers)
+        text = {"digest": champion.plan.digest, "measured": {name: asdict(m) for name, m in measured.items()}}
+        search.tracker.log_study_text(outcome.study, json.dumps(text, indent=1), TEST_FILE)
+    return _recorded_test(search.tracker, outcome.study, champion)
+
+
+def _recorded_test(tracker: Tracker, study: StudyRun, champion: TrialRecord) -> Mapping[str, Measurement]:
+    text = tracker.read_study_file(study, TEST_FILE)
     if text is None:
-        text = _measure_test(search, champion)
-        search.tracker.log_study_text(study, text, TEST_FILE)
+        return {}
     stored = json.loads(text)
     if stored["digest"] != champion.plan.digest:
         return {}
-    return {name: _measurement(raw) for name, raw in stored["measurements"].items()}
+    return {name: measurement_from(raw) for name, raw in stored["measured"].items()}
 
 
-def _measure_test(search: Search, champion: TrialRecord) -> str:
-    bench = search.workbench
-    examples = bench.examples("test")
-    measurements: dict[str, Measurement] = {}
-    original = baselines(search.tracker_records())[0]
-    for name, record in (("champion", champion), ("uncompressed", original)):
-        runtime = bench.runtimes[record.plan.target.runtime]
-        deployed = Deployed(runtime, search.tracker.model_folder(record), record.plan.target.precision, ())
-        for evaluator in bench.evaluators.values():
-            if any(metric.name == search.quality for metric in evaluator.metrics()):
-                measurements[name] = evaluator.measure(deployed, deployed, examples)[0]
-    return json.dumps(
-        {"digest": champion.plan.digest, "measurements": {name: asdict(m) for name, m in measurements.items()}},
-        indent=1,
-    )
-
-
-def _measurement(raw: Mapping[str, object]) -> Measurement:
-    fields = dict(raw)
-    return Measurement(Metric(**fields.pop("metric")), interval=tuple(fields.pop("interval")), **fields)  # type: ignore[arg-type]
-
-
-__all__ = ["Clock", "Conclusion", "conclude", "show"]
+def _on_test(search: Search, record: TrialRecord) -> Measurement:
+    bench, target = search.workbench, record.plan.target
+    deployed = Deployed(bench.runtimes[target.runtime], search.tracker.model_folder(record), target.precision, ())
+    (judge,) = (e for e in bench.evaluators.values() if any(m.name == search.quality for m in e.metrics()))
+    (measured,) = judge.measure(deployed, deployed, bench.examples("test"))
+    return measured

@@ -495,7 +495,7 @@ def layers_png(front: Sequence[TrialRecord], layers: Sequence[LayerSpec], path: 
         axes.set_yticks(range(len(rows)), [_row_name(r) for r in rows], fontsize=10)
         axes.set_xticks(np.arange(0.5, len(layers)), minor=True)
         axes.set_yticks(np.arange(0.5, len(rows)), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.grid(which="minor", color="#c9d1d9", linewidth=0.8)
         axes.tick_params(which="minor", length=0)
     bottom.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=10)
     FigureCanvasAgg(figure).print_png(path)

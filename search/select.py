@@ -147,8 +147,13 @@ class Knee:
             return sum((_cost(record.value(n)) - low) / (high - low or 1.0) for n, (low, high) in ranges.items())
 
         best = min(candidates, key=cost)
-        found = ", ".join(f"{name} {best.value(name).value:.4g}" for name in self.objectives)
+        found = ", ".join(f"{name} {shown(best.value(name))}" for name in self.objectives)
         return Choice(best, True, f"the knee of the front: {found}")
+
+
+def shown(measurement: Measurement) -> str:
+    """The value for a sentence: four digits, or the whole number where that is longer."""
+    return f"{measurement.value:,.0f}" if abs(measurement.value) >= 10_000 else f"{measurement.value:.4g}"
 
 
 def baselines(records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -222,7 +227,7 @@ def _best_within_drop(
         return Choice(
             nearest,
             False,
-            f"no candidate keeps {quality} within {drop:g} of the uncompressed {original.value(quality).value:.4g}: "
+            f"no candidate keeps {quality} within {drop:g} of the uncompressed {shown(original.value(quality))}: "
             f"the nearest, trial {nearest.number}, loses {loss(nearest):.4g}, {loss(nearest) - drop:.2g} too much",
         )
     best = min(within, key=lambda r: (_cost(r.value(metric)), loss(r)))
@@ -230,7 +235,7 @@ def _best_within_drop(
         f"{loss(best):.4g} lost" if loss(best) > 0 else f"{-loss(best):.4g} gained" if loss(best) < 0 else "none lost"
     )
     return Choice(
-        best, True, f"{word} with at most {drop:g} of {quality} lost: {metric} {best.value(metric).value:.4g}, {lost}"
+        best, True, f"{word} with at most {drop:g} of {quality} lost: {metric} {shown(best.value(metric))}, {lost}"
     )
 
 

@@ -135,8 +135,8 @@ class _Loop:
         search.tracker.check()
         self.study = _open_study(search)
         bench = search.workbench
-        self.parent = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
-        self.records = list(search.tracker.records(search.name))
+        self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
+        self.records = list(search.tracker.records(self.run))
         self.spent_before = _spent_s(self.study)
         self.began = time.perf_counter()
         self.duplicates = 0

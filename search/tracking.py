@@ -28,6 +28,7 @@ from compressors.plan import CompressionPlan, Scalar
 from evaluators.measurement import Measurement, Metric
 from evaluators.runtime import Deployed, Runtime, TensorSpec
 from search.liveness import this_process
+from search.select import shown
 from search.trial import TrialRecord
 
 # Read by mlflow as it is imported: it would report its use to its makers and print a link after every run.
@@ -52,6 +53,7 @@ for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 SQLITE = "sqlite:///"
+CONFIG_FILE = "config.yaml"
 RECORD_FILE = "measurements.json"
 MODEL_FOLDER = "model"
 CHAMPION = "champion"
@@ -112,7 +114,7 @@ class Tracker:
             with _impatient():
                 self._client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError) as error:
-            raise ConfigError("tracking.uri", f"{self.uri} does not answer ({_first_line(error)})", remedy) from error
+            raise ConfigError("tracking.uri", f"{self.uri} does not answer ({_reason(error)})", remedy) from error
 
     def _local_folders(self) -> Iterator[Path]:
         if self.address.startswith(SQLITE):
@@ -129,7 +131,7 @@ class Tracker:
         parents = self._parents(experiment, name)
         study = parents[0] if parents else self._create_parent(experiment, name, fingerprint)
         self._client.update_run(study.run_id, status="RUNNING")
-        self._client.log_text(study.run_id, config_yaml, "config.yaml")
+        self._client.log_text(study.run_id, config_yaml, CONFIG_FILE)
         return study
 
     def study(self, name: str, workload: str) -> StudyRun:
@@ -278,6 +280,21 @@ class Tracker:
         """Every finished trial, infeasible ones included, by number."""
         return sorted(map(self._read, self._children(study, "FINISHED")), key=lambda record: record.number)
 
+    def trial(self, study: StudyRun, number: int) -> TrialRecord:
+        """The finished trial of that number; `ConfigError` when there is none."""
+        for record in self.records(study):
+            if record.number == number:
+                return record
+        raise ConfigError("trial", f"{number} is no finished trial of {study.name!r}", "take a number from its table")
+
+    def champion(self, study: StudyRun) -> TrialRecord:
+        """The trial that carries the alias; `ConfigError` when none was chosen yet."""
+        try:
+            version = self._client.get_model_version_by_alias(study.name, CHAMPION)
+        except MlflowException as error:
+            raise ConfigError("study", f"{study.name!r} has no champion yet", "run its search to an end") from error
+        return self.trial(study, int(version.tags["compareto.number"]))
+
     def model_folder(self, record: TrialRecord) -> Path:
         """The deployed files: in place where the store is local, else a temporary copy. KeyError if there are none."""
         return Path(
@@ -406,11 +423,13 @@ def record_from_json(text: str) -> TrialRecord:
     """The inverse of `record_to_json`."""
     raw = json.loads(text)
     raw["plan"] = CompressionPlan.from_json(json.dumps(raw["plan"]))
-    raw["measurements"] = tuple(
-        Measurement(Metric(**m["metric"]), m["value"], tuple(m["interval"]), m["n"], m["conditions"])
-        for m in raw["measurements"]
-    )
+    raw["measurements"] = tuple(map(measurement_from, raw["measurements"]))
     return TrialRecord(**raw)
+
+
+def measurement_from(raw: Mapping[str, Any]) -> Measurement:
+    """A measurement from what `dataclasses.asdict` and JSON made of it."""
+    return Measurement(Metric(**raw["metric"]), raw["value"], tuple(raw["interval"]), raw["n"], raw["conditions"])
 
 
 SCRIPT = '''"""Written by compareto: loads the deployed files beside it."""
@@ -458,7 +477,7 @@ def _numbers(record: TrialRecord) -> dict[str, float]:
 
 
 def _summary(record: TrialRecord) -> str:
-    values = ", ".join(f"{m.name} {m.value:.4g}" for m in record.measurements)
+    values = ", ".join(f"{m.name} {shown(m)}" for m in record.measurements)
     return f"trial {record.number} on {record.plan.target.runtime} {record.plan.target.precision}: {values}"
 
 
@@ -494,7 +513,10 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """A refused connection is a page of text, told by its kind alone; a server's or database's own words, in one line."""
+    if error.__cause__ is not None and isinstance(error, MlflowException):
+        return type(error.__cause__).__name__
     return str(error).strip().split("\n", 1)[0][:200]
 
 

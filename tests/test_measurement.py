@@ -29,7 +29,7 @@ def test_a_value_outside_its_band_is_refused() -> None:
 
 def test_a_direction_that_no_study_understands_is_refused() -> None:
     with pytest.raises(ValueError, match="'up'"):
-        Metric("accuracy", "share", "up")
+        Metric("accuracy", "share", "up")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("metric", [UP, DOWN])
