@@ -1,6 +1,7 @@
 """The study: asks Optuna for plans, has them carried out, tells it what came of them; resumes whatever was begun."""
 
 import fcntl
+import math
 import sqlite3
 import tempfile
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -30,7 +31,7 @@ from search.trial import Clock, TrialRecord, Workbench
 HEARTBEAT_S = 20
 RETRIES = 2
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
-DUPLICATES_IN_A_ROW = 200
+DUPLICATES_IN_A_ROW = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,8 @@ class Progress:
     budget: Budget
 
 
-class Watcher(Protocol):
-    """Told of every change; draws or prints it."""
-
-    def __call__(self, progress: Progress) -> None:
-        """Called often, from the searching thread; must be quick."""
+Watcher = Callable[[Progress], None]
+"""Told of every change, from the searching thread; draws or prints it, and must be quick."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,7 @@ class _Loop:
         self.records = list(search.tracker.records(self.run))
         self.spent_before = _spent_s(self.study)
         self.began = time.perf_counter()
+        self.looked_after = -math.inf
         self.duplicates = 0
         self.reference = bench.reference(search.reference, Clock(watch=self._show))
         self.examples = bench.examples("validation")
@@ -166,8 +165,10 @@ class _Loop:
     def _one(self) -> bool:
         """Ask, carry out, tell. True if the plan had been measured before."""
         with _host_lock(self.search):
-            self._take_up_the_dead()
-            trial = self.study.ask()
+            if time.perf_counter() - self.looked_after > HEARTBEAT_S:
+                self._take_up_the_dead()
+            with _quiet():
+                trial = self.study.ask()
             trial.set_user_attr("owner", this_process())
         plan = self.search.space.sample(trial)
         twin = _twin(self.study, plan.digest)
@@ -228,8 +229,8 @@ class _Loop:
 
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        self.looked_after = time.perf_counter()
+        with _quiet():
             fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if _is_dead(trial, self.search.storage):
@@ -276,7 +277,8 @@ def _open_study(search: Search) -> optuna.Study:
     known = study.user_attrs.get("fingerprint")
     if known is None:
         study.set_user_attr("fingerprint", dict(search.fingerprint))
-        study.set_metric_names([metric.name for metric in search.objectives])
+        with _quiet():
+            study.set_metric_names([metric.name for metric in search.objectives])
     elif known != dict(search.fingerprint):
         differing = [k for k in {**known, **search.fingerprint} if known.get(k) != search.fingerprint.get(k)]
         shown = "; ".join(f"{k} was {known.get(k)}, is {search.fingerprint.get(k)}" for k in sorted(differing)[:3])
@@ -300,8 +302,7 @@ def _open_storage(url: str) -> RDBStorage:
             with sqlite3.connect(path, timeout=30) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
             connection.close()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
             return RDBStorage(
                 url,
                 heartbeat_interval=HEARTBEAT_S,
@@ -313,6 +314,15 @@ def _open_storage(url: str) -> RDBStorage:
         raise ConfigError(
             "storage.url", f"{url} cannot be opened ({reason})", "check that it is reachable and writable"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna calls heartbeats and metric names experimental, and wonders that we beat ourselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
+        yield
 
 
 def _counted(study: optuna.Study) -> list[FrozenTrial]:
@@ -337,8 +347,7 @@ def _requeue(study: optuna.Study, number: int) -> None:
     """Give a trial up and queue its parameters again, at most `RETRIES` times over all its lives."""
     study.tell(number, state=TrialState.FAIL)
     lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with _quiet():
         RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, lost)
 
 

@@ -514,9 +514,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """A refused connection is a page of text, told by its kind alone; a server's or database's own words, in one line."""
-    if error.__cause__ is not None and isinstance(error, MlflowException):
-        return type(error.__cause__).__name__
+    """One line: what a server or database said, or for a refused connection, a page of text, only its kind."""
+    behind = error.__cause__ or error.__context__
+    if behind is not None and isinstance(error, MlflowException):
+        return type(behind).__name__
     return str(error).strip().split("\n", 1)[0][:200]
 
 

@@ -19,9 +19,6 @@ from evaluators.runtime import Array, Deployed, Loader, Session, Support, Tensor
 from search.tracking import StudyRun, Tracker, plan_params, record_from_json, record_to_json, save_pyfunc
 from search.trial import TrialRecord
 
-# MLflow's own queries use a SQLAlchemy option that is to be removed.
-pytestmark = pytest.mark.filterwarnings("ignore:The ..noload.. loader strategy:DeprecationWarning")
-
 
 def load_matrix(folder: str, precision: str, batch: int | None, threads: int) -> Session:
     import json

@@ -1,0 +1,189 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from compressors.errors import ConfigError
+from search.conclude import conclude
+from search.select import Bound
+from search.study import Budget, Progress, run
+from tests.studies import make_search, quiet, refuse
+
+
+def optuna_trials(folder: Path, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{folder}/optuna.db")
+    return study.get_trials(states=states or None)
+
+
+def counted(folder: Path) -> list[str]:
+    """Digests of the trials that did work."""
+    done = optuna_trials(folder, TrialState.COMPLETE, TrialState.PRUNED)
+    return [t.user_attrs["digest"] for t in done if "duplicate_of" not in t.user_attrs]
+
+
+def test_the_budget_is_met_exactly_and_the_uncompressed_model_comes_first(store: Path) -> None:
+    outcome = run(make_search(store, 5), quiet)
+    assert [record.number for record in outcome.records][:2] == [0, 1]
+    assert len(outcome.records) == 5
+    assert not outcome.records[0].plan.steps
+    assert len(outcome.records[1].plan.steps[0].per_layer) == 6
+    assert outcome.ended == "budget spent: 5 of 5 trials"
+    assert (outcome.records[0].number, len(outcome.front) >= 2) == (0, True)
+
+
+def test_a_finished_study_is_taken_up_with_a_larger_budget_and_nothing_runs_twice(store: Path) -> None:
+    deployed: list[int] = []
+    run(make_search(store, 4), quiet)
+    outcome = run(make_search(store, 7, deployed.append), quiet)
+    assert len(outcome.records) == 7
+    assert len(set(counted(store))) == len(counted(store)) == 7
+    # One for the reference, three for the trials that were missing.
+    assert len(deployed) == 4
+
+
+def test_a_study_that_was_begun_with_something_else_is_refused(store: Path) -> None:
+    run(make_search(store, 2), quiet)
+    with pytest.raises(ConfigError, match="model was a, is b") as caught:
+        run(make_search(store, 3, fingerprint={"model": "b", "space": make_search(store, 1).space.digest}), quiet)
+    assert "study=NAME" in str(caught.value)
+
+
+def test_a_plan_proposed_again_is_answered_without_work(store: Path) -> None:
+    class Stuck(optuna.samplers.RandomSampler):
+        def sample_independent(self, *_: Any) -> Any:
+            return 8
+
+    deployed: list[int] = []
+    search = make_search(store, 5, deployed.append, sampler=lambda _seed: Stuck())
+    outcome = run(search, quiet)
+    assert "space exhausted" in outcome.ended
+    again = [t for t in optuna_trials(store) if "duplicate_of" in t.user_attrs]
+    assert {t.user_attrs["duplicate_of"] for t in again} == {1}
+    assert all(t.values == optuna_trials(store)[1].values for t in again)
+    assert len(outcome.records) == 2
+    assert len(deployed) == 3
+
+
+def test_an_infeasible_plan_is_recorded_with_its_reason_and_counts(store: Path) -> None:
+    outcome = run(make_search(store, 3, refuse("no kernel on Mondays", 6)), quiet)
+    assert outcome.records[1].infeasible == "no kernel on Mondays"
+    assert optuna_trials(store)[1].state is TrialState.PRUNED
+    assert len(outcome.records) == 3
+    assert all(record.number != 1 for record in outcome.front)
+
+
+def test_a_trial_that_breaks_is_recorded_where_and_why_and_the_search_goes_on(store: Path) -> None:
+    def broken(count: int) -> None:
+        if count == 6:
+            raise RuntimeError("kernel panic")
+
+    outcome = run(make_search(store, 4, broken), quiet)
+    failed = optuna_trials(store)[1]
+    assert failed.state is TrialState.FAIL
+    assert failed.user_attrs["error"] == "deploy: RuntimeError: kernel panic"
+    assert [record.number for record in outcome.records] == [0, 2, 3]
+
+
+def test_bounds_become_constraints_and_keep_points_off_the_front(store: Path) -> None:
+    outcome = run(make_search(store, 6, bounds=(Bound("latency_ratio", 0.5),)), quiet)
+    first = optuna_trials(store)[0]
+    assert first.constraints == {"latency_ratio": 0.5}
+    assert all(record.value("latency_ratio").value <= 0.5 for record in outcome.front)
+
+
+def test_ctrl_c_puts_the_trial_back_and_the_same_command_goes_on(store: Path) -> None:
+    def interrupted(count: int) -> None:
+        if count == 6:
+            raise KeyboardInterrupt
+
+    search = make_search(store, 3, interrupted)
+    outcome = run(search, quiet)
+    assert outcome.ended.startswith("interrupted")
+    assert len(outcome.records) == 1
+    assert search.tracker.open_trials(outcome.study) == []
+    assert [t.state for t in optuna_trials(store)][:2] == [TrialState.COMPLETE, TrialState.FAIL]
+
+    resumed = run(make_search(store, 3), quiet)
+    assert len(resumed.records) == 3
+    assert len(set(counted(store))) == 3
+    # The plan that was interrupted is among those that were finished.
+    assert any(len(r.plan.steps[0].per_layer) == 6 for r in resumed.records if r.plan.steps)
+
+
+def test_a_killed_process_loses_nothing_but_its_running_trial(store: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    code = f"from tests.studies import main; main({str(store)!r}, {str(marker)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    for _ in range(600):
+        if marker.exists() and marker.read_text() == "1":
+            break
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert len(optuna_trials(store, TrialState.RUNNING)) == 1
+    before = counted(store)
+
+    search = make_search(store, 8)
+    outcome = run(search, quiet)
+    assert optuna_trials(store, TrialState.RUNNING) == []
+    assert search.tracker.open_trials(outcome.study) == []
+    assert len(outcome.records) == 8
+    assert counted(store)[: len(before)] == before
+    assert len(set(counted(store))) == 8
+
+
+def test_work_recorded_by_a_process_that_died_before_telling_is_not_done_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from search import study as module
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Loop, "_tell", dies)
+        run(make_search(store, 2), quiet)
+    assert optuna_trials(store)[0].state is TrialState.RUNNING
+    monkeypatch.setattr(module, "_is_dead", lambda *_: True)
+    deployed: list[int] = []
+    outcome = run(make_search(store, 2, deployed.append), quiet)
+    assert len(outcome.records) == 2
+    # The reference and the second trial; the first was read back.
+    assert deployed == [0, 6]
+
+
+def test_the_watcher_sees_the_study_grow(store: Path) -> None:
+    seen: list[Progress] = []
+    run(make_search(store, 3), seen.append)
+    assert [p.done for p in seen if not p.phase] == [1, 2, 3]
+    assert {"compress", "deploy", "counting"} <= {p.phase for p in seen}
+
+
+@pytest.mark.parametrize(("trials", "minutes"), [(None, None), (0, None), (None, -1.0)])
+def test_a_budget_without_an_end_or_below_zero_is_refused(trials: int | None, minutes: float | None) -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        Budget(trials, minutes)
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"storage\.url") as caught:
+        run(make_search(store, 2, storage="postgresql+nodriver://nobody@127.0.0.1:1/none"), quiet)
+    assert "\n" not in str(caught.value)
+
+
+def test_minutes_end_a_search_too(store: Path) -> None:
+    outcome = run(make_search(store, 1, budget=Budget(minutes=1e-9)), quiet)
+    assert "minutes" in outcome.ended
+    assert outcome.records == ()
+
+
+def test_a_study_without_a_measured_trial_has_no_champion(store: Path) -> None:
+    search = make_search(store, 1, budget=Budget(minutes=1e-9))
+    with pytest.raises(ConfigError, match="no measured trial"):
+        conclude(search, run(search, quiet))
