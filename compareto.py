@@ -18,7 +18,7 @@ from evaluators.runtime import Array
 from evaluators.score import Score
 from search import build, doctor
 from search import reproduce as reproduction
-from search.__main__ import guarded
+from search.__main__ import guarded, terminal
 from search.__main__ import main as search_main
 from search.conclude import Conclusion, conclude, reselect, show
 from search.progress import ProgressView
@@ -102,7 +102,7 @@ def compress(
     config = build.compose([f"study={study}", f"evaluator=[{','.join(measured)}]", f"quality={quality}", *overrides])
     _mark_as_users(config, study)
     workload = Workload(study, model.eval(), splits, task)
-    console = Console()
+    console = terminal()
     with ProgressView(console, quality) as view:
         search = build.build(config, view.training, workload, extra)
         conclusion = conclude(search, run(search, view))
@@ -123,7 +123,7 @@ def main() -> None:
     if command not in actions:
         print(USAGE)
         sys.exit(0 if command in ("-h", "--help", "help") else 2)
-    sys.exit(guarded(lambda: actions[command](build.compose(arguments), Console()), Console(stderr=True)))
+    sys.exit(guarded(lambda: actions[command](build.compose(arguments), terminal()), Console(stderr=True)))
 
 
 def _select(config: DictConfig, console: Console) -> None:

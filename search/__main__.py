@@ -23,6 +23,12 @@ def search(config: DictConfig, console: Console) -> None:
     show(conclusion, console)
 
 
+def terminal() -> Console:
+    """A log has no width of its own: the front's table needs this much."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
 def guarded(action: Callable[[], None], console: Console) -> int:
     """Exit code of an action; what the user got wrong becomes one line."""
     try:
@@ -36,7 +42,7 @@ def guarded(action: Callable[[], None], console: Console) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a search with Hydra's command line: overrides, `--multirun`, `--cfg job`, `--help`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console()
+    console = terminal()
     errors = Console(stderr=True)
     codes: list[int] = []
 

@@ -77,16 +77,14 @@ def show(conclusion: Conclusion, console: Console) -> None:
     lines = [f"champion: trial {choice.record.number}, {choice.reason}"]
     if not choice.met:
         lines.append("nothing meets the rule: this is the nearest")
-    lines += [f"on the test split, {name}: {_percent(measured)}" for name, measured in conclusion.test.items()]
+    lines += [
+        f"on the test split, {name}: {m.name} {report.quality_text(m)}, {m.n} examples"
+        for name, m in conclusion.test.items()
+    ]
     lines += [f"picture: {path}" for path in conclusion.files if path.suffix == ".png"]
     lines += [outcome.ended, f"more: start ./scripts/ui (or compareto ui) and open {conclusion.link}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _percent(measured: Measurement) -> str:
-    value, low, high = (100 * x for x in (measured.value, *measured.interval))
-    return f"{measured.name} {value:.2f} % [{low:.2f}, {high:.2f}], {measured.n} examples"
 
 
 def _test_once(search: Search, outcome: Outcome, champion: TrialRecord) -> Mapping[str, Measurement]:

@@ -5,6 +5,7 @@ from rich.live import Live
 from rich.text import Text
 
 from evaluators.measurement import Measurement
+from search.report import quality_text
 from search.study import Progress
 from search.training import TrainingProgress
 from search.trial import TrialRecord
@@ -70,10 +71,10 @@ class ProgressView:
         """The best quality on the front, and the fastest of it."""
         if not progress.front:
             return ""
-        best = max(progress.front, key=lambda r: r.value(self._quality).value).value(self._quality).value
+        best = max((r.value(self._quality) for r in progress.front), key=lambda m: m.value)
         speeds = [s for r in progress.front if (s := _find(r, "latency_ratio"))]
         fastest = f", fastest {1 / min(s.value for s in speeds):.2f}x" if speeds else ""
-        return f"best {self._quality} {100 * best:.1f} %{fastest}"
+        return f"best {self._quality} {_short(best)}{fastest}"
 
     def _left_s(self, progress: Progress) -> float:
         """The nearer of the two budgets, at the pace so far."""
@@ -90,7 +91,11 @@ def _outcome(record: TrialRecord, quality: str) -> str:
         return f"trial {record.number}: infeasible, {record.infeasible}"
     ratio = _find(record, "latency_ratio")
     speed = f", {1 / ratio.value:.2f}x" if ratio else ""
-    return f"trial {record.number}: {quality} {100 * record.value(quality).value:.1f} %{speed}"
+    return f"trial {record.number}: {quality} {_short(record.value(quality))}{speed}"
+
+
+def _short(quality: Measurement) -> str:
+    return quality_text(quality).partition(" [")[0]
 
 
 def _find(record: TrialRecord, metric: str) -> Measurement | None:

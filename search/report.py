@@ -100,17 +100,27 @@ def _step(method: str, shared: Settings, achieved: Mapping[str, Settings]) -> st
 def _cells(record: TrialRecord, choice: Choice, view: View) -> list[str]:
     quality, speed = record.values((view.quality, view.speed))
     mark = "★ " if record.number == choice.record.number else "○ " if not record.plan.steps else ""
-    low, high = quality.interval
     time = _optional(record, view.time)
     return [
         f"{mark}{record.number}",
         describe(record),
-        f"{quality.value:.4f} [{low:.4f}, {high:.4f}]",
+        quality_text(quality),
         f"{speed.value:.3f} [{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]",
         f"{1 / speed.value:.2f}x",
         f"{time.value:.3f}" if time else "",
         _bytes(record, view),
     ]
+
+
+def quality_text(measurement: Measurement) -> str:
+    """A share in per cent, anything else as it is, with its band."""
+    value, low, high = measurement.value, *measurement.interval
+    if measurement.metric.unit in SHARES:
+        return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+SHARES = ("share", "agreement")
 
 
 def _optional(record: TrialRecord, metric: str) -> Measurement | None:
