@@ -92,11 +92,10 @@ class Stopwatch:
             ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
             line = process.stdout.readline() if ready else ""
         except BrokenPipeError:
-            line = ""
+            ready, line = [process.stdin], ""
         if not line:
-            code = process.poll()
+            how = f"died with exit code {process.wait()}" if ready else f"gave no answer in {PATIENCE_S} s"
             self.close()
-            how = f"gave no answer in {PATIENCE_S} s" if code is None else f"died with exit code {code}"
             raise Infeasible(f"timing {question['candidate']['folder']}: the process {how}")
         answer = json.loads(line)
         if "error" in answer:
@@ -113,6 +112,8 @@ def _start(core: int) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        # Ctrl-C is for the search; this process ends when its pipe closes.
+        start_new_session=True,
     )
 
 
