@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -246,6 +247,8 @@ class Tracker:
         if deployed is not None:
             self._client.log_artifacts(run_id, str(deployed.folder), MODEL_FOLDER)
             record = replace(record, artifact_uri=f"runs:/{run_id}/{MODEL_FOLDER}")
+            counts = Counter(record.kernels.values()).most_common()
+            tags["compareto.kernels"] = ", ".join(f"{count} {kernel}" for kernel, count in counts)[:TAG_LENGTH]
             tags["compareto.inputs"] = json.dumps([asdict(spec) for spec in deployed.inputs])
         self._client.log_text(run_id, record_to_json(record), RECORD_FILE)
         self._client.log_batch(run_id, metrics=_logged(_numbers(record), 0), tags=_tags(tags))

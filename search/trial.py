@@ -23,7 +23,8 @@ from search.workload import Workload
 class TrialRecord:
     """What is known of one trial after it ended: measurements, or the reason why there are none.
 
-    `achieved` is method -> layer -> what was really done. `artifact_uri` is where the deployed files lie, filled in by
+    `achieved` is method -> layer -> what was really done; `kernels` is operation -> the kernel that the runtime chose
+    for it, where it tells. `artifact_uri` is where the deployed files lie, filled in by
     the tracker. Whether it is on the front is computed, never stored.
     """
 
@@ -34,6 +35,7 @@ class TrialRecord:
     seconds: Mapping[str, float]
     achieved: Mapping[str, Mapping[str, Settings]]
     environment: Mapping[str, Scalar]
+    kernels: Mapping[str, str] = field(default_factory=dict)
     artifact_uri: str | None = None
 
     def value(self, metric: str) -> Measurement:
@@ -85,13 +87,16 @@ class Workbench:
         """Carry out one plan and leave its deployed files in `folder`; an infeasible one becomes a record too."""
         artifact = deployed = reason = None
         measurements: tuple[Measurement, ...] = ()
+        kernels: Mapping[str, str] = {}
         try:
             artifact, deployed = self.realise(plan, folder, clock)
             measurements = self.measure(deployed, reference, examples, clock)
+            with clock.timed("kernels"):
+                kernels = deployed.runtime.kernels(deployed)
         except Infeasible as infeasible:
             reason = infeasible.reason
         achieved = artifact.achieved if artifact else {}
-        record = TrialRecord(number, plan, measurements, reason, clock.seconds, achieved, self.environment)
+        record = TrialRecord(number, plan, measurements, reason, clock.seconds, achieved, self.environment, kernels)
         return record, deployed
 
     def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
