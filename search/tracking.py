@@ -300,11 +300,8 @@ class Tracker:
 
     def model_folder(self, record: TrialRecord) -> Path:
         """The deployed files: in place where the store is local, else a temporary copy. KeyError if there are none."""
-        return Path(
-            mlflow.artifacts.download_artifacts(
-                run_id=_run_id(record), artifact_path=MODEL_FOLDER, tracking_uri=self.address
-            )
-        )
+        uri = f"{self._client.get_run(_run_id(record)).info.artifact_uri}/{MODEL_FOLDER}"
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self.uri))
 
     def _log_params(self, run_id: str, params: Mapping[str, Scalar]) -> None:
         entries = [Param(key, str(value)[:VALUE_LENGTH]) for key, value in params.items()]

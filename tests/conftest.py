@@ -2,8 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from search.tracking import Tracker
+
+# Two threads that share a busy core wait for each other: small nets get seven times slower, and bits may differ.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
