@@ -1,9 +1,11 @@
 """The public Python API and the console command: compress, select, reproduce, ui and doctor."""
 
+import copy
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from search import reproduce as reproduction
 from search.__main__ import guarded, terminal
 from search.__main__ import main as search_main
 from search.conclude import Conclusion, conclude, reselect, show
+from search.models import check_model
 from search.progress import ProgressView
 from search.study import run
 from search.tracking import CONFIG_FILE, Tracker
@@ -67,7 +70,7 @@ class Result:
 
     def __str__(self) -> str:
         """The table that a search prints."""
-        console = Console(width=140, record=True, quiet=True)
+        console = Console(width=140, record=True, file=io.StringIO())
         show(self.conclusion, console)
         return console.export_text()
 
@@ -93,6 +96,7 @@ def compress(
     the validation examples. `overrides` are those of the command line, such as "budget.minutes=10". The same call with
     the same `study` takes an earlier search up again. Raises `ConfigError` before any work for what cannot be used.
     """
+    model = copy.deepcopy(model).eval()
     splits = _splits(train, validation, calibration, test)
     labelled = splits.validation.targets is not None
     task = Task("user", loss or (nn.functional.cross_entropy if labelled and metric is None else None))
@@ -101,7 +105,7 @@ def compress(
     measured = [*([] if metric else [quality]), "latency", "size"]
     config = build.compose([f"study={study}", f"evaluator=[{','.join(measured)}]", f"quality={quality}", *overrides])
     _mark_as_users(config, study)
-    workload = Workload(study, model.eval(), splits, task)
+    workload = Workload(study, model, splits if quality != "accuracy" else _with_classes(splits, model), task)
     console = terminal()
     with ProgressView(console, quality) as view:
         search = build.build(config, view.training, workload, extra)
@@ -131,7 +135,7 @@ def _select(config: DictConfig, console: Console) -> None:
 
 
 def _reproduce(config: DictConfig, console: Console) -> None:
-    tracker: Tracker = build.make("tracking", config.tracking)
+    tracker = build.open_tracker(config)
     study = tracker.study(str(config.study), build.workload_name(config))
     record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
     with ProgressView(console, str(config.quality)) as view:
@@ -170,10 +174,17 @@ def _splits(train: Loader, validation: Loader, calibration: Loader | None, test:
         teach, calibrate = _divide(teach, len(teach) - min(CALIBRATION, len(teach) // 2))
     if final is None:
         judge, final = _divide(judge, (len(judge) + 1) // 2)
-    classes: tuple[str, ...] = ()
-    if judge.targets is not None and not judge.targets.is_floating_point():
-        classes = tuple(map(str, range(int(judge.targets.max()) + 1)))
-    return checked(Splits(teach, calibrate, judge, final, classes), "compress")
+    return checked(Splits(teach, calibrate, judge, final), "compress")
+
+
+def _with_classes(splits: Splits, model: nn.Module) -> Splits:
+    """As many classes as the model has outputs: a split may lack the last ones. Targets beyond them are refused."""
+    example = tuple(x[:2] for x in splits.calibration.inputs)
+    check_model(model, example)
+    with torch.no_grad():
+        output = model(*example)
+    classes = output.shape[-1] if output.ndim == 2 else 0
+    return checked(replace(splits, classes=tuple(map(str, range(classes)))), "compress")
 
 
 def _read(loader: Loader, name: str) -> Split:

@@ -2,17 +2,20 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from optuna.samplers import BaseSampler
 
 from compressors.errors import ConfigError
 from compressors.layers import read_layers
@@ -35,6 +38,20 @@ from search.workload import Splits, Task, Workload, checked
 
 Watch = Callable[[TrainingProgress], None]
 
+# What an option's value must be, and how to give it; None where the option may be left open.
+KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
+    "study": ((str,), "give a name"),
+    "seed": ((int,), "give a whole number"),
+    "recovery_batch": ((int,), "give a whole number"),
+    "budget.trials": ((int, None), "give a whole number or null"),
+    "budget.minutes": ((int, float, None), "give a number or null"),
+    "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
+    "bounds": ((dict,), "add a limit with +bounds.METRIC=NUMBER"),
+    "compressor": ((dict,), "choose at least one with compressor=[...]"),
+    "runtime": ((dict,), "choose at least one with runtime=[...]"),
+    "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
+}
+
 # What decides whether two runs belong to the same study, beside model, data, machine and versions.
 FINGERPRINTED = ("compressor", "runtime", "evaluator", "task", "objectives", "bounds", "seed", "recovery_batch")
 
@@ -50,7 +67,7 @@ def build(
     `watch` hears of the training of the uncompressed network, if it has to be trained first. A `workload` given
     takes the place of the groups model, data and task; `extra` evaluators come before the configured ones.
     """
-    OmegaConf.resolve(config)
+    _check(config)
     budget = Budget(config.budget.trials, config.budget.minutes)
     folder, cache = _folder("folder", config.folder), _folder("cache", config.cache)
     runtimes: dict[str, Runtime] = {name: make(f"runtime.{name}", node) for name, node in config.runtime.items()}
@@ -60,7 +77,7 @@ def build(
     for bound in bounds:
         _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
     tracker: Tracker = make("tracking", config.tracking)
-    rule, sampler = make("rule", config.rule), make("sampler", config.sampler)
+    rule, sampler = make("rule", config.rule), _sampler(config)
     compressors: dict[str, Compressor] = {}
     spaces: dict[str, Mapping[str, Any]] = {}
     for name, node in config.compressor.items():
@@ -88,7 +105,7 @@ def build(
         objectives=objectives,
         bounds=bounds,
         budget=budget,
-        sampler=lambda seed: sampler(seed=seed),
+        sampler=sampler,
         storage=str(config.storage.url),
         tracker=tracker,
         rule=rule,
@@ -128,13 +145,20 @@ def selection(config: DictConfig) -> Selection:
     return Selection(
         study=str(config.study),
         workload=workload_name(config),
-        tracker=make("tracking", config.tracking),
+        tracker=open_tracker(config),
         rule=make("rule", config.rule),
         objectives=list(config.objectives),
         bounds=_bounds(config),
         runtimes={name: make(f"runtime.{name}", node) for name, node in config.runtime.items()},
         quality=str(config.quality),
     )
+
+
+def open_tracker(config: DictConfig) -> Tracker:
+    """The store of the studies, known to answer."""
+    tracker: Tracker = make("tracking", config.tracking)
+    tracker.check()
+    return tracker
 
 
 def recorded(text: str, config: DictConfig) -> DictConfig:
@@ -162,6 +186,31 @@ def make(path: str, node: Any) -> Any:
         raise ConfigError(path, reason, f"see the comments in conf/{path.split('.')[0]}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(path, " ".join(str(error).split()), f"see conf/{path.split('.')[0]}") from error
+
+
+def _check(config: DictConfig) -> None:
+    """Resolves references in place; refuses what is not set or is of another kind than the option takes."""
+    OmegaConf.resolve(config)
+    for path in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(path, "is not set", f"set {path}=VALUE")
+    for path, (kinds, remedy) in KINDS.items():
+        value = _plain(OmegaConf.select(config, path))
+        # A bool would pass for a whole number.
+        if (type(value) if value is not None else None) not in kinds:
+            raise ConfigError(path, "is not set" if value is None else f"is {value!r}", remedy)
+    if config.recovery_batch < 1:
+        raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
+
+
+def _sampler(config: DictConfig) -> Callable[[int], BaseSampler]:
+    """How to make the sampler from a seed; made once at once, so that a wrong argument shows before any work."""
+    node = {**_plain(config.sampler), "_partial_": False}
+
+    def sampler(seed: int) -> BaseSampler:
+        return cast(BaseSampler, make("sampler", {**node, "seed": seed}))
+
+    sampler(config.seed)
+    return sampler
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
@@ -225,23 +274,42 @@ def _plain(node: Any) -> Any:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The configuration with command-line overrides applied; raises `ConfigError` for one that fits nothing."""
+    for override in overrides:
+        if not _key(override):
+            raise ConfigError(override, "names no option", "write OPTION=VALUE")
     try:
         with initialize_config_module("conf", version_base="1.3"):
             return hydra_compose("config", overrides=list(overrides))
+    except OverrideParseException as error:
+        problem = f"cannot be read ({' '.join(str(error).split()).partition(' See ')[0]})"
+        raise ConfigError(str(error.override), problem, "write OPTION=VALUE, with brackets closed") from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
-        wrong = next((o for o in overrides if _key(o) and _key(o) in text), " ".join(overrides))
-        raise ConfigError(wrong, f"does not fit the configuration ({text})", _closest(_key(wrong))) from error
+        wrong = _culprit(text, overrides)
+        # Hydra goes on with where it looked; what there is, the remedy says.
+        reason = re.split(r"\.? (?:Config search path|Available options|To append to)\b", text)[0]
+        raise ConfigError(wrong, f"does not fit the configuration ({reason})", _remedy(_key(wrong), text)) from error
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def _closest(key: str) -> str:
-    """The option that was probably meant, or where to look."""
+def _culprit(text: str, overrides: Sequence[str]) -> str:
+    """The override that an error speaks of: the last one with the longest name in it."""
+    named = [o for o in reversed(overrides) if _key(o) in text]
+    return max(named, key=lambda o: len(_key(o)), default=" ".join(overrides))
+
+
+def _remedy(key: str, text: str) -> str:
+    """What can be chosen, the option that was probably meant, or where to look."""
+    group = resources.files("conf") / key
+    if key and group.is_dir():
+        return "use " + ", ".join(sorted(f.name.removesuffix(".yaml") for f in group.iterdir() if "." in f.name))
     with initialize_config_module("conf", version_base="1.3"):
         known = sorted(_options(OmegaConf.to_container(hydra_compose("config")), ""))
+    if key in known and "Could not override" in text:
+        return f"add an entry with +{key}.NAME=VALUE"
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]}?" if near else "all options: conf/config.yaml and the folders beside it"
 

@@ -113,5 +113,5 @@ def _on_test(search: Search, record: TrialRecord) -> Measurement:
     bench, target = search.workbench, record.plan.target
     deployed = Deployed(bench.runtimes[target.runtime], search.tracker.model_folder(record), target.precision, ())
     (judge,) = (e for e in bench.evaluators.values() if any(m.name == search.quality for m in e.metrics()))
-    (measured,) = judge.measure(deployed, deployed, bench.examples("test"))
-    return measured
+    measured = judge.measure(deployed, deployed, bench.examples("test"))
+    return next(m for m in measured if m.name == search.quality)

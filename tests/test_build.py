@@ -1,0 +1,119 @@
+"""From a configuration to a search: what belongs to a study, and what a study may share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from compressors.errors import ConfigError
+from evaluators.measurement import Metric
+from evaluators.score import Score
+from search import build
+from search.space import RUNTIME_KNOB
+from search.study import Search
+from search.workload import Workload, classification
+from tests.studies import splits
+from tests.zoo import build as net
+
+
+def built(store: Path, *words: str, name: str = "residual", **changes: Any) -> Search:
+    workload = Workload("residual-noise", net(name), splits(), classification())
+    config = build.compose([f"folder={store}", f"cache={store}/cache", *words])
+    return build.build(config, lambda _progress: None, workload, **changes)
+
+
+def test_everything_of_the_configuration_arrives(store: Path) -> None:
+    search = built(store, "budget.trials=7", "+bounds.size_bytes=5000", "seed=3", "study=mine", "quality=accuracy")
+    assert (search.name, search.seed, search.quality) == ("mine", 3, "accuracy")
+    assert (search.budget.trials, search.budget.minutes) == (7, 3)
+    assert [(b.metric, b.limit) for b in search.bounds] == [("size_bytes", 5000.0)]
+    assert [m.name for m in search.objectives] == ["accuracy", "latency_ratio", "size_bytes"]
+    assert list(search.workbench.runtimes) == ["onnxruntime", "openvino"]
+    assert search.reference.runtime == "onnxruntime"
+    assert search.reference.precision == "fp32"
+    assert {m.name for m in search.space.methods} == {"prune", "distill", "quantize"}
+    assert search.storage == f"sqlite:///{store}/optuna.db"
+    assert OmegaConf.create(search.config).study == "mine"
+
+
+def test_the_first_runtime_is_what_latency_is_a_ratio_to(store: Path) -> None:
+    search = built(store, "runtime=[openvino]")
+    assert search.reference.runtime == "openvino"
+    assert RUNTIME_KNOB not in {name for answers in search.space.baselines() for name in answers}
+
+
+FINGERPRINTS = {
+    "seed=1": {"seed", "space"},
+    "runtime=[onnxruntime]": {"runtime", "space"},
+    "+bounds.size_bytes=1": {"bounds"},
+    "recovery_batch=8": {"recovery_batch"},
+    "evaluator.latency.batch=2": {"evaluator"},
+    "compressor.quantize.space.bits.choices.conv=[32]": {"compressor", "space"},
+    "task=fidelity": {"task"},
+    "budget.trials=9": set(),
+    "rule=knee": set(),
+    "sampler=tpe": set(),
+    "study=other": set(),
+}
+
+
+def test_fingerprints_tell_what_would_make_numbers_incomparable(store: Path) -> None:
+    before = built(store).fingerprint
+    for word, expected in FINGERPRINTS.items():
+        after = built(store, word).fingerprint
+        assert {k for k in before if before[k] != after[k]} == expected, word
+
+
+def test_another_network_is_another_study(store: Path) -> None:
+    before, after = built(store).fingerprint, built(store, name="plain").fingerprint
+    assert {k for k in before if before[k] != after[k]} == {"model", "space"}
+    assert {"model", "data.train", "data.test", "cpu", "python", "onnxruntime"} <= set(before)
+
+
+def test_only_what_is_alike_shares_a_cache(store: Path) -> None:
+    folders = {built(store, word).workbench.cache for word in ("budget.trials=9", "study=other", "rule=knee")}
+    assert len(folders) == 1
+    assert built(store, "seed=1").workbench.cache not in folders
+
+
+def test_the_sampler_is_seeded_by_the_search(store: Path) -> None:
+    make = built(store, "sampler=random").sampler
+    first, second = make(1), make(1)
+    assert first is not second
+    assert type(first).__name__ == "RandomSampler"
+
+
+def test_evaluators_given_from_python_come_first(store: Path) -> None:
+    search = built(store, "quality=score", "evaluator=[latency,size]", extra={"score": Score(lambda _o, _t: 1.0)})
+    assert list(search.workbench.evaluators) == ["score", "latency", "size"]
+    assert search.objectives[0] == Metric("score", "user's", "maximize")
+
+
+def test_a_model_given_from_python_cannot_be_built_from_a_configuration(store: Path) -> None:
+    config = build.compose([f"folder={store}"])
+    config.model.network = None
+    with pytest.raises(ConfigError, match=r"compareto\.reproduce with the same model"):
+        build.build_workload(config, store, lambda _progress: None)
+
+
+def test_a_recorded_study_is_read_with_the_folders_at_hand(store: Path) -> None:
+    search = built(store, "seed=5")
+    again = build.recorded(search.config, build.compose([f"folder={store}/elsewhere"]))
+    assert again.seed == 5
+    assert again.folder == f"{store}/elsewhere"
+    assert again.tracking.uri == f"sqlite:///{store}/elsewhere/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.network.name=x"], r"did you mean model\.name|model\.network"),
+        (["runtime=[openvino,nothing]"], "use onnxruntime, openvino"),
+        (["seed=1", "sede=1"], r"sede=1: .*did you mean seed\?"),
+        (["zzzzzz=1"], r"all options: conf/config\.yaml"),
+    ],
+)
+def test_what_fits_nothing_is_named_with_what_would(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build.compose(words)

@@ -1,0 +1,116 @@
+"""One trial from plan to record."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressors.errors import Infeasible
+from compressors.plan import CompressionPlan, Step, Target
+from evaluators.measurement import exact
+from evaluators.runtime import Deployed
+from search.trial import Clock, TrialRecord, Workbench
+from tests.studies import ACCURACY, RATIO, make_search, refuse
+
+PLAIN = CompressionPlan(Target("fake", "fp32"))
+INT8 = CompressionPlan(Target("fake", "fp32"), (Step("quantize", {"head": {"bits": 8}}),))
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def carried_out(bench: Workbench, plan: CompressionPlan, folder: Path) -> tuple[TrialRecord, Deployed | None, Clock]:
+    clock = Clock()
+    reference = bench.reference(PLAIN.target, Clock())
+    record, deployed = bench.run(7, plan, reference, bench.examples("validation"), empty(folder / "out"), clock)
+    return record, deployed, clock
+
+
+def test_a_record_has_plan_measurements_seconds_and_what_was_achieved(tmp_path: Path) -> None:
+    record, deployed, _ = carried_out(make_search(tmp_path, 1).workbench, INT8, tmp_path)
+    assert (record.number, record.plan, record.infeasible) == (7, INT8, None)
+    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio"]
+    assert set(record.seconds) >= {"compress", "deploy", "counting"}
+    assert record.achieved["quantize"]["head"]["bits"] == 8
+    assert record.environment == {"cpu": "x"}
+    assert deployed is not None
+    assert [path.name for path in deployed.files] == ["model.json"]
+
+
+def test_a_runtime_that_refuses_gives_a_record_with_the_reason(tmp_path: Path) -> None:
+    bench = make_search(tmp_path, 1, refuse("not on Mondays", 1)).workbench
+    record, deployed, clock = carried_out(bench, INT8, tmp_path)
+    assert (record.infeasible, record.measurements, deployed) == ("not on Mondays", (), None)
+    assert record.achieved == {}
+    assert clock.phase == "deploy"
+
+
+def test_an_evaluator_that_gives_up_leaves_the_files_but_no_measurement(tmp_path: Path) -> None:
+    class Tired:
+        def metrics(self) -> tuple[()]:
+            return ()
+
+        def measure(self, *_: object) -> tuple[()]:
+            raise Infeasible("too busy")
+
+        def close(self) -> None: ...
+
+    bench = make_search(tmp_path, 1).workbench
+    bench = replace(bench, evaluators={**bench.evaluators, "tired": Tired()})
+    record, deployed, _ = carried_out(bench, INT8, tmp_path)
+    assert (record.infeasible, record.measurements) == ("too busy", ())
+    assert deployed is not None
+    assert "quantize" in record.achieved
+
+
+def test_the_reference_lies_in_the_cache_and_is_made_anew(tmp_path: Path) -> None:
+    counts: list[int] = []
+    bench = make_search(tmp_path, 1, counts.append).workbench
+    first, second = (bench.reference(PLAIN.target, Clock()) for _ in range(2))
+    assert first.folder == second.folder
+    assert first.folder.is_relative_to(tmp_path / "cache")
+    assert first.sha256 == second.sha256
+    assert counts == [0, 0]
+
+
+def test_examples_carry_what_the_uncompressed_model_says(tmp_path: Path) -> None:
+    bench = replace(make_search(tmp_path, 1).workbench, batch=3)
+    examples = bench.examples("test")
+    with torch.no_grad():
+        said = bench.workload.model(bench.workload.splits.test.inputs[0]).numpy()
+    assert (examples.split, len(examples)) == ("test", 8)
+    assert examples.original == pytest.approx(said, abs=1e-5)
+    assert examples.targets is not None
+
+
+def test_compressors_see_augmented_training_images_and_plain_calibration_ones(tmp_path: Path) -> None:
+    bench = make_search(tmp_path, 1).workbench
+    splits = replace(bench.workload.splits, augment=torch.zeros_like)
+    bench = replace(bench, workload=replace(bench.workload, splits=splits), batch=4)
+    context = bench._context(Clock())
+    assert all(not inputs[0].any() for inputs, _ in context.train())
+    assert all(inputs[0].any() for inputs, _ in context.calibration())
+    assert [len(inputs[0]) for inputs, _ in context.calibration()] == [4, 4]
+
+
+def test_a_value_that_was_not_measured_is_an_error() -> None:
+    record = TrialRecord(0, PLAIN, (exact(ACCURACY, 0.5), exact(RATIO, 2.0)), None, {}, {}, {})
+    assert [m.value for m in record.values(["latency_ratio", "accuracy"])] == [2.0, 0.5]
+    with pytest.raises(KeyError, match="size"):
+        record.value("size")
+
+
+def test_a_clock_adds_up_and_names_the_phase_that_broke() -> None:
+    seen: list[str] = []
+    clock = Clock(watch=seen.append)
+    for _ in range(2):
+        with clock.timed("a"):
+            pass
+    with pytest.raises(RuntimeError), clock.timed("b"):
+        raise RuntimeError
+    assert seen == ["a", "a", "b"]
+    assert set(clock.seconds) == {"a"}
+    assert clock.phase == "b"
