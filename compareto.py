@@ -4,7 +4,8 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,35 @@ from compressors.errors import ConfigError, Infeasible
 from evaluators.evaluation import Evaluator
 from evaluators.runtime import Array
 from evaluators.score import Score
-from search import build, doctor
+from search import build
 from search import reproduce as reproduction
 from search.__main__ import guarded, terminal
 from search.__main__ import main as search_main
 from search.conclude import Conclusion, conclude, reselect, show
+from search.doctor import report
 from search.models import check_model
 from search.progress import ProgressView
-from search.study import run
+from search.reproduce import Reproduction
+from search.reproduce import reproduce as rebuild
+from search.study import Search, run
 from search.tracking import CONFIG_FILE, Tracker
 from search.trial import TrialRecord
 from search.workload import Split, Splits, Task, Workload, checked
 
-__all__ = ["ConfigError", "Infeasible", "Result", "compress", "main"]
+__all__ = [
+    "Chosen",
+    "ConfigError",
+    "Infeasible",
+    "Reproduction",
+    "Result",
+    "compress",
+    "doctor",
+    "main",
+    "reproduce",
+    "search",
+    "select",
+    "ui",
+]
 
 USAGE = """usage: compareto COMMAND [option=value ...]
 
@@ -48,8 +65,8 @@ Loader = Iterable[Any]
 
 
 @dataclass(frozen=True)
-class Result:
-    """The front, the champion, and where their deployed files are."""
+class Chosen:
+    """The front, the champion, and where their deployed files are; as text, the table that a search prints."""
 
     conclusion: Conclusion
     tracker: Tracker
@@ -69,10 +86,26 @@ class Result:
         return self.tracker.model_folder(record)
 
     def __str__(self) -> str:
-        """The table that a search prints."""
+        """Wide enough for a log."""
         console = Console(width=140, record=True, file=io.StringIO())
         show(self.conclusion, console)
         return console.export_text()
+
+
+@dataclass(frozen=True)
+class Result(Chosen):
+    """What a search found, with all that is needed to do any of it again."""
+
+    job: Search
+
+    def reproduce(self, record: TrialRecord | None = None) -> Reproduction:
+        """Rebuild the champion, or any other trial, from its plan alone, and compare; raises `Infeasible`."""
+        return rebuild(self.job, record or self.champion, lambda _phase: None)
+
+
+def search(*overrides: str) -> Result:
+    """What `compareto search` does: a model and data of the configuration, with its options."""
+    return _result(build.compose(overrides), None, {})
 
 
 def compress(
@@ -106,11 +139,42 @@ def compress(
     config = build.compose([f"study={study}", f"evaluator=[{','.join(measured)}]", f"quality={quality}", *overrides])
     _mark_as_users(config, study)
     workload = Workload(study, model, splits if quality != "accuracy" else _with_classes(splits, model), task)
-    console = terminal()
-    with ProgressView(console, quality) as view:
-        search = build.build(config, view.training, workload, extra)
-        conclusion = conclude(search, run(search, view))
-    return Result(conclusion, search.tracker)
+    return _result(config, workload, extra)
+
+
+def select(*overrides: str) -> Chosen:
+    """Another champion of a finished study, `select("rule=smallest")`; nothing is run, only the alias moves."""
+    selection = build.selection(build.compose(overrides))
+    return Chosen(reselect(selection), selection.tracker)
+
+
+def reproduce(*overrides: str) -> Reproduction:
+    """Rebuild the champion of a study of the command line, or `trial=N`, from its plan alone, and compare."""
+    config = build.compose(overrides)
+    tracker = build.open_tracker(config)
+    study = tracker.study(str(config.study))
+    record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
+    with ProgressView(terminal(), str(config.quality)) as view:
+        job = build.build(build.recorded(tracker.read_study_file(study, CONFIG_FILE) or "", config), view.training)
+        try:
+            return rebuild(job, record, view.phase)
+        except Infeasible as infeasible:
+            raise ConfigError("reproduce", infeasible.reason, "run it where the study was run") from infeasible
+
+
+def ui(*overrides: str) -> None:
+    """Serve MLflow's pages on 127.0.0.1 until Ctrl-C."""
+    config = build.compose(overrides)
+    command = build.make("tracking", config.tracking).ui_command(config.port)
+    print(f"MLflow on http://127.0.0.1:{config.port}, Ctrl-C to end", flush=True)
+    with suppress(KeyboardInterrupt):
+        subprocess.run(command, check=False)
+
+
+def doctor(*overrides: str) -> None:
+    """Print what this machine can run."""
+    nodes = build.compose(overrides).runtime.items()
+    report({name: build.make(f"runtime.{name}", node) for name, node in nodes}, terminal())
 
 
 def main() -> None:
@@ -118,44 +182,23 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "search":
         sys.exit(search_main(arguments))
-    actions: dict[str, Callable[[DictConfig, Console], None]] = {
-        "select": _select,
-        "reproduce": _reproduce,
-        "ui": _ui,
-        "doctor": _doctor,
+    actions: dict[str, Callable[..., None]] = {
+        "select": lambda *words: terminal().print(str(select(*words)), highlight=False, markup=False, soft_wrap=True),
+        "reproduce": lambda *words: reproduction.show(reproduce(*words), terminal()),
+        "ui": ui,
+        "doctor": doctor,
     }
-    if command not in actions:
+    if command not in actions or {"-h", "--help"} & set(arguments):
         print(USAGE)
-        sys.exit(0 if command in ("-h", "--help", "help") else 2)
-    sys.exit(guarded(lambda: actions[command](build.compose(arguments), terminal()), Console(stderr=True)))
+        sys.exit(0 if command in (*actions, "-h", "--help", "help") else 2)
+    sys.exit(guarded(lambda: actions[command](*arguments), Console(stderr=True)))
 
 
-def _select(config: DictConfig, console: Console) -> None:
-    show(reselect(build.selection(config)), console)
-
-
-def _reproduce(config: DictConfig, console: Console) -> None:
-    tracker = build.open_tracker(config)
-    study = tracker.study(str(config.study), build.workload_name(config))
-    record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
-    with ProgressView(console, str(config.quality)) as view:
-        search = build.build(build.recorded(tracker.read_study_file(study, CONFIG_FILE) or "", config), view.training)
-        try:
-            found = reproduction.reproduce(search, record, view.phase)
-        except Infeasible as infeasible:
-            raise ConfigError("reproduce", infeasible.reason, "run it where the study was run") from infeasible
-    reproduction.show(found, console)
-
-
-def _ui(config: DictConfig, console: Console) -> None:
-    command = build.make("tracking", config.tracking).ui_command(config.port)
-    console.print(f"MLflow on http://127.0.0.1:{config.port}, Ctrl-C to end", highlight=False)
-    subprocess.run(command, check=False)
-
-
-def _doctor(config: DictConfig, console: Console) -> None:
-    runtimes = {name: build.make(f"runtime.{name}", node) for name, node in config.runtime.items()}
-    doctor.report(runtimes, console)
+def _result(config: DictConfig, workload: Workload | None, extra: Mapping[str, Evaluator]) -> Result:
+    with ProgressView(terminal(), str(config.quality)) as view:
+        job = build.build(config, view.training, workload, extra)
+        conclusion = conclude(job, run(job, view))
+    return Result(conclusion, job.tracker, job)
 
 
 def _mark_as_users(config: DictConfig, study: str) -> None:

@@ -19,3 +19,10 @@ class Infeasible(Exception):
         """`reason` is one line: the value, the limit it meets, and where."""
         super().__init__(reason)
         self.reason = reason
+
+
+def at_least(least: float, **values: float) -> None:
+    """Raises `ConfigError` for the first named value below `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(name, f"is {value}", f"give {least:g} or more")

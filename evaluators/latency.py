@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressors.errors import Infeasible
+from compressors.errors import Infeasible, at_least
 from compressors.plan import Scalar
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
@@ -45,6 +45,14 @@ class Latency:
     retries: int = 6
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuses counts that would time nothing; a band needs two sessions."""
+        counts = {name: getattr(self, name) for name in ("batch", "rounds", "calls", "retries")}
+        at_least(1, **{f"evaluator.latency.{name}": count for name, count in counts.items()})
+        at_least(2, **{"evaluator.latency.sessions": self.sessions})
+        least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds")}
+        at_least(0, **{f"evaluator.latency.{name}": value for name, value in least.items()})
 
     def metrics(self) -> tuple[Metric, ...]:
         """`latency_ratio` to the reference, and the same reading in `latency_ms` per call of the whole batch."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from compressors.errors import Infeasible
+from compressors.errors import Infeasible, at_least
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
 from evaluators.runtime import Deployed
@@ -44,6 +44,10 @@ class Memory:
     batch: int = 1
     threads: int = 1
     processes: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuses counts that would measure nothing."""
+        at_least(1, **{"evaluator.memory.batch": self.batch, "evaluator.memory.processes": self.processes})
 
     def metrics(self) -> tuple[Metric, ...]:
         """One: `peak_memory_bytes`."""

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from compressors.errors import Infeasible
+from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Artifact, Context, LayerNumbers
 from evaluators.export import (
     calibration_arrays,
@@ -44,6 +44,10 @@ class OnnxRuntime:
     """
 
     calibration_examples: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuses to set ranges from nothing."""
+        at_least(1, **{"runtime.onnxruntime.calibration_examples": self.calibration_examples})
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from openvino import opset13
 from openvino.passes import ConstantFolding, Manager
 
-from compressors.errors import Infeasible
+from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Artifact, Context, LayerNumbers
 from evaluators.export import calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
@@ -34,6 +34,10 @@ class OpenVINO:
     """
 
     calibration_examples: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuses to set ranges from nothing."""
+        at_least(1, **{"runtime.openvino.calibration_examples": self.calibration_examples})
 
     @property
     def name(self) -> str:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 def verify(config: DictConfig) -> None:
     """All figures of one study, as text on stdout and as JSON under benchmarks/."""
     search = build.build(config.copy(), lambda _progress: None)
-    study = search.tracker.study(search.name, search.workbench.workload.name)
+    study = search.tracker.study(search.name)
     records = search.tracker.records(study)
     names = [metric.name for metric in search.objectives]
     front = front_of(records, names, search.bounds)
@@ -99,7 +99,7 @@ def _member(search: Search, record: TrialRecord, reference: Deployed) -> dict[st
 def predictions(config: DictConfig, number: int) -> list[int]:
     """The labels that a recorded trial's files give on the validation split, without any of the search's machinery."""
     tracker: Tracker = build.make("tracking", config.tracking)
-    record = tracker.trial(tracker.study(str(config.study), build.workload_name(config)), number)
+    record = tracker.trial(tracker.study(str(config.study)), number)
     runtime = build.make("runtime", config.runtime[record.plan.target.runtime])
     deployed = Deployed(runtime, tracker.model_folder(record), record.plan.target.precision, ())
     split = build.make("data", {k: v for k, v in config.data.items() if k != "name"}).validation

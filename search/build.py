@@ -15,7 +15,6 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from optuna.samplers import BaseSampler
 
 from compressors.errors import ConfigError
 from compressors.layers import read_layers
@@ -30,7 +29,7 @@ from search.conclude import Selection
 from search.models import check_model, load_checkpoint
 from search.select import Bound
 from search.space import build_space
-from search.study import Budget, Search
+from search.study import Budget, Search, open_storage
 from search.tracking import Tracker
 from search.training import TrainingProgress, trained
 from search.trial import Workbench
@@ -46,7 +45,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
-    "bounds": ((dict,), "add a limit with +bounds.METRIC=NUMBER"),
+    "bounds": ((dict,), "give a limit with bounds.METRIC=NUMBER"),
     "compressor": ((dict,), "choose at least one with compressor=[...]"),
     "runtime": ((dict,), "choose at least one with runtime=[...]"),
     "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
@@ -84,7 +83,8 @@ def build(
         fields = _plain(node)
         spaces[name] = fields.pop("space", {})
         compressors[name] = make(f"compressor.{name}", fields)
-    tracker.check()
+    tracker.check(str(config.study))
+    open_storage(str(config.storage.url))
 
     workload = workload or build_workload(config, cache, watch)
     check_model(workload.model, workload.example, len(workload.splits.classes) or None)
@@ -122,7 +122,9 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
     model_config = config.model
     if model_config.network is None:
         raise ConfigError(
-            "model", f"{model_config.name!r} was given from Python", "use compareto.reproduce with the same model"
+            "model",
+            f"{model_config.name!r} was given from Python",
+            "call compareto.compress with the same model, and reproduce() on its result",
         )
     splits: Splits = checked(make("data", _without_name(config.data)), f"data={config.data.name}")
     task: Task = make("task", config.task)
@@ -137,14 +139,13 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
         model = trained(model, splits, task, recipe, cache / "trained", watch)
     else:
         raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
-    return Workload(workload_name(config), model.eval().requires_grad_(False), splits, task)
+    return Workload(f"{config.model.name}-{config.data.name}", model.eval().requires_grad_(False), splits, task)
 
 
 def selection(config: DictConfig) -> Selection:
     """What `select` needs; neither the model nor the data is touched."""
     return Selection(
         study=str(config.study),
-        workload=workload_name(config),
         tracker=open_tracker(config),
         rule=make("rule", config.rule),
         objectives=list(config.objectives),
@@ -157,7 +158,7 @@ def selection(config: DictConfig) -> Selection:
 def open_tracker(config: DictConfig) -> Tracker:
     """The store of the studies, known to answer."""
     tracker: Tracker = make("tracking", config.tracking)
-    tracker.check()
+    tracker.check(str(config.study))
     return tracker
 
 
@@ -167,11 +168,6 @@ def recorded(text: str, config: DictConfig) -> DictConfig:
     for name in ("folder", "cache", "storage", "tracking"):
         stored[name] = config[name]
     return stored
-
-
-def workload_name(config: DictConfig) -> str:
-    """What a study is about: the experiment under which the tracker keeps it."""
-    return f"{config.model.name}-{config.data.name}"
 
 
 def make(path: str, node: Any) -> Any:
@@ -202,12 +198,12 @@ def _check(config: DictConfig) -> None:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
 
 
-def _sampler(config: DictConfig) -> Callable[[int], BaseSampler]:
+def _sampler(config: DictConfig) -> Callable[[int], Any]:
     """How to make the sampler from a seed; made once at once, so that a wrong argument shows before any work."""
     node = {**_plain(config.sampler), "_partial_": False}
 
-    def sampler(seed: int) -> BaseSampler:
-        return cast(BaseSampler, make("sampler", {**node, "seed": seed}))
+    def sampler(seed: int) -> Any:
+        return make("sampler", {**node, "seed": seed})
 
     sampler(config.seed)
     return sampler
@@ -227,10 +223,11 @@ def _objectives(config: DictConfig, evaluators: Mapping[str, Evaluator]) -> tupl
 
 
 def _bounds(config: DictConfig) -> tuple[Bound, ...]:
-    for name, limit in config.bounds.items():
+    limits = {str(name): limit for name, limit in config.bounds.items() if limit is not None}
+    for name, limit in limits.items():
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
-            raise ConfigError(f"bounds.{name}", f"is {limit!r}", "give a number")
-    return tuple(Bound(str(name), float(limit)) for name, limit in config.bounds.items())
+            raise ConfigError(f"bounds.{name}", f"is {limit!r}", "give a number or null")
+    return tuple(Bound(name, float(limit)) for name, limit in limits.items())
 
 
 def _known(path: str, name: str, known: Mapping[str, Metric]) -> None:

@@ -48,7 +48,6 @@ class Selection:
     """What another choice among recorded trials needs: no model, no data."""
 
     study: str
-    workload: str
     tracker: Tracker
     rule: Rule
     objectives: Sequence[str]
@@ -60,7 +59,7 @@ class Selection:
 def reselect(selection: Selection) -> Conclusion:
     """Another champion from what the tracker holds; only the alias moves, and the test split stays closed."""
     tracker = selection.tracker
-    study = tracker.study(selection.study, selection.workload)
+    study = tracker.study(selection.study)
     records = tuple(tracker.records(study))
     choice = choose(records, selection.rule, selection.objectives, selection.bounds)
     front = tuple(front_of(records, selection.objectives, selection.bounds))

@@ -2,6 +2,7 @@
 
 import difflib
 import pickle  # for the name of torch.load's error; nothing is unpickled
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,26 @@ def _take_channels(model: nn.Module, channels: int) -> None:
     model.set_submodule(name, conv)
 
 
+# What torch and safetensors raise for files that are torn, foreign, or hold code.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Put the weights of a `.safetensors`, `.pt` or `.pth` state dict into `model`; code in the file is never run."""
     if not path.is_file():
         raise ConfigError("model.checkpoint", f"{path} is no file", "give a .safetensors, .pt or .pth state dict")
     try:
         state = _state(path)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().split("\n")[0][:120]
         problem = f"{path} cannot be read as plain weights ({reason})"
         raise ConfigError("model.checkpoint", problem, "save model.state_dict() again, best as safetensors") from error

@@ -130,7 +130,7 @@ class _Loop:
 
     def __init__(self, search: Search, watch: Watcher) -> None:
         self.search, self.watch = search, watch
-        search.tracker.check()
+        search.tracker.check(search.name)
         self.study = _open_study(search)
         bench = search.workbench
         self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
@@ -267,7 +267,7 @@ class _Loop:
 def _open_study(search: Search) -> optuna.Study:
     """Create or load; refuses a study that was begun with anything else than what is at hand now."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = _open_storage(search.storage)
+    storage = open_storage(search.storage)
     study = optuna.create_study(
         storage=storage,
         study_name=search.name,
@@ -293,7 +293,7 @@ def _open_study(search: Search) -> optuna.Study:
     return study
 
 
-def _open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> RDBStorage:
     """SQLite is put into write-ahead mode, so that readers never wait for a writer."""
     try:
         if url.startswith("sqlite:///"):

@@ -106,8 +106,10 @@ class Tracker:
 
     # -- Before any work
 
-    def check(self) -> None:
-        """Raises `ConfigError` within seconds when the store cannot be reached or its folder not be written."""
+    def check(self, study: str | None = None) -> None:
+        """Raises `ConfigError` within seconds: the store cannot be reached, its folder not be written, a bad name."""
+        if study is not None:
+            _check_name(study)
         for folder in self._local_folders():
             _check_writable(folder)
         remedy = "start the server, correct the address, or use tracking=local"
@@ -129,20 +131,19 @@ class Tracker:
         """The study's parent run, found or created, and set running; its fingerprint becomes its params."""
         _check_name(name)
         experiment = self._experiment(workload)
-        parents = self._parents(experiment, name)
+        parents = self._parents([experiment], name)
         study = parents[0] if parents else self._create_parent(experiment, name, fingerprint)
         self._client.update_run(study.run_id, status="RUNNING")
         self._client.log_text(study.run_id, config_yaml, CONFIG_FILE)
         return study
 
-    def study(self, name: str, workload: str) -> StudyRun:
-        """A study that was opened before; `ConfigError` when there is none of that name."""
+    def study(self, name: str) -> StudyRun:
+        """A study that was opened before, whatever its workload; `ConfigError` when there is none of that name."""
         _check_name(name)
-        experiment = self._client.get_experiment_by_name(workload)
-        parents = self._parents(str(experiment.experiment_id), name) if experiment else []
+        experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
+        parents = self._parents(experiments, name)
         if not parents:
-            problem = f"{name!r} of workload {workload!r} is not in {self.uri}"
-            raise ConfigError("study", problem, "run its search first")
+            raise ConfigError("study", f"{name!r} is not in {self.uri}", "run its search first, or give another name")
         return parents[0]
 
     def close_study(self, study: StudyRun) -> None:
@@ -211,15 +212,15 @@ class Tracker:
         own = str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
         self._log_params(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()})
         # Another worker may have done the same at this moment: all settle on the oldest.
-        oldest = self._parents(experiment, name)[0]
+        oldest = self._parents([experiment], name)[0]
         if oldest.run_id != own:
             self._client.delete_run(own)
         return oldest
 
-    def _parents(self, experiment: str, name: str) -> list[StudyRun]:
+    def _parents(self, experiments: list[str], name: str) -> list[StudyRun]:
         query = f"tags.`compareto.role` = 'study' and tags.`compareto.study` = '{name}'"
-        runs = sorted(self._search(experiment, query), key=lambda run: (run.info.start_time, run.info.run_id))
-        return [StudyRun(name, experiment, run.info.run_id) for run in runs]
+        runs = sorted(self._search(experiments, query), key=lambda run: (run.info.start_time, run.info.run_id))
+        return [StudyRun(name, run.info.experiment_id, run.info.run_id) for run in runs]
 
     # -- One trial
 
@@ -310,13 +311,13 @@ class Tracker:
 
     def _children(self, study: StudyRun, status: str, more: str = "") -> Iterator[Any]:
         query = f"tags.`mlflow.parentRunId` = '{study.run_id}' and attributes.status = '{status}'{more}"
-        return self._search(study.experiment_id, query)
+        return self._search([study.experiment_id], query)
 
-    def _search(self, experiment: str, query: str) -> Iterator[Any]:
-        page = self._client.search_runs([experiment], query, max_results=1000)
+    def _search(self, experiments: list[str], query: str) -> Iterator[Any]:
+        page = self._client.search_runs(experiments, query, max_results=1000)
         yield from page
         while page.token:
-            page = self._client.search_runs([experiment], query, max_results=1000, page_token=page.token)
+            page = self._client.search_runs(experiments, query, max_results=1000, page_token=page.token)
             yield from page
 
     def _read(self, run: Any) -> TrialRecord:

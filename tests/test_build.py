@@ -24,7 +24,7 @@ def built(store: Path, *words: str, name: str = "residual", **changes: Any) -> S
 
 
 def test_everything_of_the_configuration_arrives(store: Path) -> None:
-    search = built(store, "budget.trials=7", "+bounds.size_bytes=5000", "seed=3", "study=mine", "quality=accuracy")
+    search = built(store, "budget.trials=7", "bounds.size_bytes=5000", "seed=3", "study=mine", "quality=accuracy")
     assert (search.name, search.seed, search.quality) == ("mine", 3, "accuracy")
     assert (search.budget.trials, search.budget.minutes) == (7, 3)
     assert [(b.metric, b.limit) for b in search.bounds] == [("size_bytes", 5000.0)]
@@ -46,7 +46,7 @@ def test_the_first_runtime_is_what_latency_is_a_ratio_to(store: Path) -> None:
 FINGERPRINTS = {
     "seed=1": {"seed", "space"},
     "runtime=[onnxruntime]": {"runtime", "space"},
-    "+bounds.size_bytes=1": {"bounds"},
+    "bounds.size_bytes=1": {"bounds"},
     "recovery_batch=8": {"recovery_batch"},
     "evaluator.latency.batch=2": {"evaluator"},
     "compressor.quantize.space.bits.choices.conv=[32]": {"compressor", "space"},
@@ -93,7 +93,7 @@ def test_evaluators_given_from_python_come_first(store: Path) -> None:
 def test_a_model_given_from_python_cannot_be_built_from_a_configuration(store: Path) -> None:
     config = build.compose([f"folder={store}"])
     config.model.network = None
-    with pytest.raises(ConfigError, match=r"compareto\.reproduce with the same model"):
+    with pytest.raises(ConfigError, match=r"reproduce\(\) on its result"):
         build.build_workload(config, store, lambda _progress: None)
 
 

@@ -91,7 +91,7 @@ OPTIONS = {
     "an unknown group": ("compresor.quantize=1", "did you mean compressor.quantize?"),
     "an unknown option of a group": ("model=resnet21", "use resnet18, resnet20, torchvision"),
     "an unknown member of a list": ("compressor=[quantise]", "use distill, prune, quantize"),
-    "an entry without a plus": ("bounds={size_bytes:3}", "+bounds.NAME=VALUE"),
+    "an entry without a plus": ("bounds={sise:3}", "+bounds.NAME=VALUE"),
     "brackets left open": ("budget.trials=[1", "brackets closed"),
     "no equals sign": ("quick", "OPTION=VALUE"),
     "no name": ("=3", "write OPTION=VALUE"),
@@ -108,8 +108,8 @@ OPTIONS = {
     "an objective, not a list": ("objectives=accuracy", "give a list of metrics"),
     "nobody measures the quality": ("quality=fidelity", "no evaluator measures it"),
     "nobody measures a bound": ("+bounds.size=3", "bounds.size: no evaluator measures it"),
-    "a bound that is no number": ("+bounds.size_bytes=big", "bounds.size_bytes: is 'big'; give a number"),
-    "bounds that are no mapping": ("bounds=3", "+bounds.METRIC=NUMBER"),
+    "a bound that is no number": ("bounds.size_bytes=big", "bounds.size_bytes: is 'big'; give a number"),
+    "bounds that are no mapping": ("bounds=3", "bounds.METRIC=NUMBER"),
     "no runtime": ("runtime=[]", "runtime=[...]"),
     "no compressor": ("compressor=[]", "compressor=[...]"),
     "no evaluator": ("evaluator=[]", "evaluator=[...]"),
@@ -153,7 +153,7 @@ def test_a_search_that_could_only_fail_is_refused_first(word: str, place: Path, 
     network = ["model=torchvision"] if "network" in option else []
     assert expected in refused("compressor=[quantize]", *network, option)
     assert not (place / "executed").exists()
-    assert not (place / "optuna.db").exists()
+    assert optuna.get_all_study_names(f"sqlite:///{place}/optuna.db") == []
 
 
 def test_an_input_that_the_network_cannot_take_names_both_shapes(refused: Refused) -> None:
@@ -192,7 +192,7 @@ def test_a_storage_that_cannot_be_opened_is_named(url: str, refused: Refused, mo
 
 @pytest.mark.parametrize("verb", ["select", "reproduce"])
 def test_a_study_that_was_never_begun_cannot_be_used(verb: str, refused: Refused) -> None:
-    assert "'never' of workload 'resnet20-digits' is not in" in refused("study=never", verb=verb)
+    assert "'never' is not in" in refused("study=never", verb=verb)
 
 
 @pytest.mark.parametrize("verb", ["select", "reproduce"])
@@ -328,7 +328,7 @@ def test_a_search_from_nothing_to_a_champion_that_loads_anywhere_and_survives_a_
     assert trials(tmp_path, TrialState.RUNNING) == []
     assert left_running(tmp_path) == []
     tracker = Tracker(uri, f"{tmp_path}/runs/mlartifacts")
-    study = tracker.study("resnet20-digits", "resnet20-digits")
+    study = tracker.study("resnet20-digits")
     assert tracker.open_trials(study) == []
     assert {record.plan.digest for record in tracker.records(study)} >= set(after)
     assert len(tracker.records(study)) == 14

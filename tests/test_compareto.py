@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compareto import ConfigError, Result, compress
+from compareto import ConfigError, Result, compress, select
 from compressors.plan import CompressionPlan
 from evaluators.latency import Latency
 from evaluators.onnxruntime import OnnxRuntime
@@ -160,3 +160,14 @@ def test_what_cannot_be_used_is_refused_before_any_work(
         compress(train=train, validation=validation, **fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_can_be_reproduced_and_chosen_from_again(store: Path) -> None:
+    result = search(store, labelled(64, 1), labelled(64, 2), 2)
+    again = result.reproduce(result.front[0])
+    assert again.same_files
+    assert again.same_predictions == 1.0
+    options = [f"folder={store}", "study=mine", "runtime=[onnxruntime]"]
+    chosen = select(*options, "rule=smallest", "rule.drop=1")
+    assert chosen.champion.value("size_bytes").value == min(r.value("size_bytes").value for r in result.front)
+    assert "nothing was run" in str(chosen)

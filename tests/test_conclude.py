@@ -49,9 +49,9 @@ class Finished:
 
     def select(self, rule: Rule) -> Conclusion:
         search = self.search
-        workload, runtimes = search.workbench.workload.name, search.workbench.runtimes
+        runtimes = search.workbench.runtimes
         names = [metric.name for metric in search.objectives]
-        return reselect(Selection(search.name, workload, search.tracker, rule, names, (), runtimes, search.quality))
+        return reselect(Selection(search.name, search.tracker, rule, names, (), runtimes, search.quality))
 
     def versions(self) -> int:
         return len(self.search.tracker._client.search_model_versions(f"name = '{self.search.name}'"))

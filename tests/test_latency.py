@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressors.errors import Infeasible
+from compressors.errors import ConfigError, Infeasible
 from evaluators import latency as latency_module
 from evaluators.evaluation import Examples
 from evaluators.latency import Latency, band
@@ -155,3 +155,9 @@ def test_memory_of_a_broken_file_is_infeasible(tmp_path: Path) -> None:
     (file.folder / "model.json").write_text("{")
     with pytest.raises(Infeasible, match="exit code 1: json"):
         Memory(processes=1).measure(file, file, DATA)
+
+
+@pytest.mark.parametrize("wrong", [{"sessions": 1}, {"rounds": 0}, {"calls": 0}, {"batch": 0}, {"warmup": -1}])
+def test_counts_that_would_time_nothing_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluator\.latency\.{next(iter(wrong))}: is"):
+        Latency(**wrong)
