@@ -40,6 +40,7 @@ class Distill:
     weight_decay: float
     warmup: float
     clip_norm: float
+    epoch_examples: int
 
     method: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.RECOVER
@@ -66,17 +67,33 @@ class Distill:
     def _train(self, model: nn.Module, goal: "_Goal", epochs: int, context: Context) -> float:
         """The mean loss of the last epoch."""
         optimizer = torch.optim.AdamW(model.parameters(), goal.learning_rate, weight_decay=self.weight_decay)
-        steps = _count(context)
+        steps = self._steps(context)
         losses: list[float] = []
         for epoch in range(epochs):
             losses.clear()
-            for index, batch in enumerate(context.train()):
+            for index, batch in enumerate(self._epoch(context)):
                 rate = goal.learning_rate * schedule((epoch + (index + 1) / steps) / epochs, self.warmup)
                 losses.append(self._step(model, batch, goal, optimizer, rate))
                 if not math.isfinite(losses[-1]):
                     raise Infeasible(f"distill diverged: the loss is {losses[-1]} in epoch {epoch + 1} of {epochs}")
             context.progress(f"distill epoch {epoch + 1} of {epochs}, loss {mean(losses):.3f}")
         return mean(losses)
+
+    def _epoch(self, context: Context) -> Iterator[Batch]:
+        """One pass over the training split, or its first `epoch_examples`: every pass is shuffled anew."""
+        seen = 0
+        for batch in context.train():
+            yield batch
+            seen += len(batch[0][0])
+            if seen >= self.epoch_examples:
+                return
+
+    def _steps(self, context: Context) -> int:
+        """Batches in one epoch; only a pass tells, and without the model it costs next to nothing."""
+        steps = sum(1 for _ in self._epoch(context))
+        if steps == 0:
+            raise Infeasible("distill has no training batches: expected at least one")
+        return steps
 
     def _step(
         self, model: nn.Module, batch: Batch, goal: "_Goal", optimizer: torch.optim.Optimizer, rate: float
@@ -135,14 +152,6 @@ def _number(shared: Settings, key: str, expected: str, fits: Callable[[float], b
     if not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
         raise Infeasible(f"distill.{key} is {value}: expected {expected}")
     return float(value)
-
-
-def _count(context: Context) -> int:
-    """Batches in one pass; only a pass tells, and without the model it costs next to nothing."""
-    steps = sum(1 for _ in context.train())
-    if steps == 0:
-        raise Infeasible("distill has no training batches: expected at least one")
-    return steps
 
 
 @contextmanager

@@ -131,7 +131,8 @@ class SearchSpace:
 
         Recovery methods come along at full strength wherever the structure changes; everything else is off.
         """
-        for method in self.methods:
+        # Numeric methods first: they need no training, so that a short search has something of everything.
+        for method in reversed(self.methods):
             if method.needs_structure:
                 continue
             for value in _levels(method):

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from compressors.prune import Prune
 from tests.context import make_context
 from tests.zoo import CLASSES, build, images
 
-METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0)
+METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=8192)
 GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.01}
 
 
@@ -202,3 +203,20 @@ def test_no_batches_are_infeasible() -> None:
 def test_what_cannot_be_done_is_infeasible(key: str, value: Scalar) -> None:
     with pytest.raises(Infeasible, match=f"distill.{key} is {value}"):
         METHOD.apply(build("plain"), Step("distill", {}, GOOD | {key: value}), make_context(build("plain")), 0)
+
+
+def test_an_epoch_ends_after_so_many_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("plain")
+    context = make_context(model, count=32, size=8)
+    taken: list[int] = []
+    step = Distill._step
+
+    def counting(self: Distill, *arguments: Any) -> float:
+        taken.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Distill, "_step", counting)
+    short = replace(METHOD, epoch_examples=16)
+    short.apply(model, Step("distill", {}, GOOD | {"epochs": 3}), context, seed=0)
+    # 16 of 32 examples are two batches of 8, three times.
+    assert len(taken) == 6
