@@ -1,9 +1,9 @@
 """Trains the baseline when there is no checkpoint, and keeps it; takes any model, any splits and any loss."""
 
-import logging
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from compressors.plan import digest
 from search.models import load_checkpoint
 from search.workload import Split, Splits, Task, split_digest, tensors_digest
 
-LOG = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Tensor], Tensor]
 Augment = Callable[[Tensor], Tensor]
 
@@ -98,7 +97,7 @@ def _loaded(model: nn.Module, path: Path) -> bool:
     try:
         load_checkpoint(model, path)
     except ConfigError as error:
-        LOG.warning("%s; training again", error.problem)
+        warnings.warn(f"{error.problem}; training again", stacklevel=2)
         return False
     return True
 

@@ -59,7 +59,7 @@ def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
     console.print(front_table(RECORDS, FRONT, CHOICE, VIEW))
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
     assert [row.split()[1:3] for row in rows] == [["3", "│"], ["★", "2"], ["○", "0"]]
-    assert "0.9750 [0.9650, 0.9850]" in rows[1]
+    assert "97.5 % [96.5, 98.5]" in rows[1]
     assert "4.00x" in rows[1]
     assert "375.0 kB" in rows[1]
     assert "1.50 MB" in rows[2]
