@@ -1,6 +1,7 @@
 """The public Python API and the console command: compress, select, reproduce, ui and doctor."""
 
 import copy
+import hashlib
 import io
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def compress(
 
 def select(*overrides: str) -> Chosen:
     """Another champion of a finished study, `select("rule=smallest")`; nothing is run, only the alias moves."""
-    selection = build.selection(build.compose(overrides))
+    selection = build.selection(overrides)
     return Chosen(reselect(selection), selection.tracker)
 
 
@@ -156,6 +157,7 @@ def reproduce(*overrides: str) -> Reproduction:
     record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
     with ProgressView(terminal(), str(config.quality)) as view:
         job = build.build(build.recorded(tracker.read_study_file(study, CONFIG_FILE) or "", config), view.training)
+        tracker.recognise(study, job.fingerprint, ("model", "network", "answers"))
         try:
             return rebuild(job, record, view.phase)
         except Infeasible as infeasible:
@@ -236,11 +238,20 @@ def _read(loader: Loader, name: str) -> Split:
     targets: list[Tensor] = []
     for batch in loader:
         x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+        if len(rest) > 1:
+            raise ConfigError(name, f"yields {len(rest) + 1} things a batch", "give (input, target) or inputs alone")
         inputs.append(x)
-        targets.extend(rest[:1])
+        targets.extend(rest)
     if not inputs:
         raise ConfigError(name, "yields no batch", "give a loader of (input, target) or of inputs")
-    return Split((torch.cat(inputs),), torch.cat(targets) if targets else None)
+    return _sorted(torch.cat(inputs), torch.cat(targets) if targets else None)
+
+
+def _sorted(inputs: Tensor, targets: Tensor | None) -> Split:
+    """In an order that the loader's shuffling does not change, so that the same data is known again."""
+    keys = [hashlib.sha256(x.contiguous().numpy().tobytes()).digest() for x in inputs]
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    return Split((inputs[order],), None if targets is None else targets[order])
 
 
 def _divide(split: Split, first: int) -> tuple[Split, Split]:

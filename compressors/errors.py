@@ -15,10 +15,11 @@ class ConfigError(Exception):
 class Infeasible(Exception):
     """A plan that cannot be realised: recorded with its reason, the search goes on."""
 
-    def __init__(self, reason: str) -> None:
-        """`reason` is one line: the value, the limit it meets, and where."""
+    def __init__(self, reason: str, transient: bool = False) -> None:
+        """`reason` is one line: the value, the limit it meets, and where; `transient` if it may be otherwise later."""
         super().__init__(reason)
         self.reason = reason
+        self.transient = transient
 
 
 def at_least(least: float, **values: float) -> None:

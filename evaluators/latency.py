@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressors.errors import Infeasible, at_least
+from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.plan import Scalar
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
@@ -51,6 +51,8 @@ class Latency:
         counts = {name: getattr(self, name) for name in ("batch", "rounds", "calls", "retries")}
         at_least(1, **{f"evaluator.latency.{name}": count for name, count in counts.items()})
         at_least(2, **{"evaluator.latency.sessions": self.sessions})
+        if not isinstance(self.core, int):
+            raise ConfigError("evaluator.latency.core", f"is {self.core!r}", "give a whole number, -1 for the last")
         least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds")}
         at_least(0, **{f"evaluator.latency.{name}": value for name, value in least.items()})
 
@@ -87,7 +89,7 @@ class Latency:
         self, deployed: Deployed, reference: Deployed, inputs: tuple[np.ndarray, ...], timing: Timing
     ) -> Reading:
         """Repeat until the reference is at its calibrated speed, or has clearly settled at a new one."""
-        self._stopwatch = self._stopwatch or Stopwatch(self.core)
+        self._stopwatch = self._stopwatch or Stopwatch(self.core, self.threads)
         seen: list[float] = []
         for attempt in range(self.retries):
             with _host_lock():
@@ -101,10 +103,12 @@ class Latency:
                 self._calibrated[reference.sha256] = now
                 return reading
             seen.append(now)
-            time.sleep(0.5 * 2**attempt)
+            if attempt < self.retries - 1:
+                time.sleep(0.5 * 2**attempt)
         raise Infeasible(
             f"the reference took {', '.join(f'{ms:.3g}' for ms in seen)} ms instead of {usual:.3g} ms in "
-            f"{self.retries} readings: the machine is too busy to time anything"
+            f"{self.retries} readings: the machine is too busy to time anything",
+            transient=True,
         )
 
 
@@ -144,6 +148,9 @@ def _in_ms(reading: Reading, low: float, value: float, high: float) -> tuple[flo
 def _host_lock() -> Iterator[None]:
     """One reading at a time on this host; the system frees the lock of a process that died."""
     path = Path(tempfile.gettempdir()) / "compareto-latency.lock"
-    with path.open("a") as handle:
+    # Readable is enough for a lock: the file may belong to another user of this host.
+    if not path.exists():
+        path.touch(mode=0o644)
+    with path.open() as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -6,6 +6,7 @@ and nothing is pickled.
 
 import importlib
 import json
+import math
 import os
 import select
 import statistics
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ class Reading:
 
 
 class Stopwatch:
-    """Owns the timing process, pinned to `core` of those it may use; started on first use and again after it died."""
+    """Owns the timing process, pinned to `core` of those it may use and, for more `threads`, to the ones before it."""
 
-    def __init__(self, core: int) -> None:
-        self._core = core
+    def __init__(self, core: int, threads: int = 1) -> None:
+        self._place = (str(core), str(max(1, threads)))
         self._process: subprocess.Popen[str] | None = None
 
     def read(self, candidate: Deployed, reference: Deployed, inputs: Sequence[Array], timing: Timing) -> Reading:
@@ -83,7 +84,7 @@ class Stopwatch:
             self._process = None
 
     def _ask(self, question: Mapping[str, Any]) -> Any:
-        process = self._process = self._process or _start(self._core)
+        process = self._process = self._process or _start(*self._place)
         assert process.stdin is not None  # noqa: S101  both are pipes
         assert process.stdout is not None  # noqa: S101
         try:
@@ -103,11 +104,11 @@ class Stopwatch:
         return answer
 
 
-def _start(core: int) -> "subprocess.Popen[str]":
+def _start(core: str, threads: str) -> "subprocess.Popen[str]":
     # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, "-m", "evaluators.stopwatch", str(core)],
+        [sys.executable, "-m", "evaluators.stopwatch", core, threads],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -129,7 +130,7 @@ def _describe(deployed: Deployed) -> dict[str, str]:
 
 def _serve() -> None:
     """Answer questions until the pipe closes; whatever the runtimes print goes to stderr."""
-    _pin(int(sys.argv[1]))
+    _pin(int(sys.argv[1]), int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -155,13 +156,19 @@ def _session(
     """One fresh load of both files: seconds per call `(reference, candidate)` in each round."""
     reference = _load(question["reference"], timing)
     candidate = _load(question["candidate"], timing)
-    for session in (reference, candidate):
-        _calls(session, inputs, timing.warmup)
+    once = sum(min(_calls(session, inputs, 1 + timing.warmup // 4)) for session in (reference, candidate))
+    timing = _within(timing, bound / (timing.rounds * max(once, 1e-9)))
     pairs: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(pairs) < timing.rounds and (not pairs or time.perf_counter() - began < bound):
         pairs.append((_median_call(reference, inputs, timing), _median_call(candidate, inputs, timing)))
     return pairs
+
+
+def _within(timing: Timing, affordable: float) -> Timing:
+    """Fewer calls a round where a model is so slow that the wanted ones would not fit; never less than one."""
+    share = min(1.0, affordable / (timing.warmup + timing.calls))
+    return replace(timing, warmup=math.ceil(share * timing.warmup), calls=math.ceil(share * timing.calls))
 
 
 def _median_call(session: Session, inputs: Sequence[Array], timing: Timing) -> float:
@@ -184,10 +191,10 @@ def _load(description: Mapping[str, str], timing: Timing) -> Session:
     return load(description["folder"], description["precision"], timing.batch, timing.threads)
 
 
-def _pin(core: int) -> None:
+def _pin(core: int, threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[core % len(allowed)]})
+        os.sched_setaffinity(0, {allowed[(core - i) % len(allowed)] for i in range(threads)})
 
 
 if __name__ == "__main__":

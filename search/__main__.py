@@ -36,6 +36,9 @@ def guarded(action: Callable[[], None], console: Console) -> int:
     except ConfigError as error:
         console.print(f"compareto: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("compareto: interrupted before the first trial; the same command begins again")
+        return 130
     return 0
 
 

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compressors.errors import ConfigError
@@ -24,16 +25,17 @@ from evaluators.evaluation import Evaluator
 from evaluators.machine import machine, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
+from evaluators.score import Score
 from search.cache import WeightStore
 from search.conclude import Selection
 from search.models import check_model, load_checkpoint
 from search.select import Bound
 from search.space import build_space
 from search.study import Budget, Search, open_storage
-from search.tracking import Tracker
+from search.tracking import CONFIG_FILE, Tracker
 from search.training import TrainingProgress, trained
 from search.trial import Workbench
-from search.workload import Splits, Task, Workload, checked
+from search.workload import Splits, Task, Workload, checked, classification, code_digest
 
 Watch = Callable[[TrainingProgress], None]
 
@@ -77,6 +79,8 @@ def build(
         _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
     tracker: Tracker = make("tracking", config.tracking)
     rule, sampler = make("rule", config.rule), _sampler(config)
+    for name in rule.needs():
+        _known(f"rule: {name}", name, _metrics(evaluators))
     compressors: dict[str, Compressor] = {}
     spaces: dict[str, Mapping[str, Any]] = {}
     for name, node in config.compressor.items():
@@ -92,6 +96,7 @@ def build(
     groups = {name: c.groups(workload.model, workload.example) for name, c in compressors.items()}
     space = build_space(spaces, compressors, groups, layers, runtimes, config.seed)
     prints = workload.fingerprint()
+    prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
     shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
     workbench = Workbench(
@@ -136,17 +141,31 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
         load_checkpoint(model, Path(model_config.checkpoint).expanduser())
     elif model_config.training is not None:
         recipe = make("model.training", model_config.training)
-        model = trained(model, splits, task, recipe, cache / "trained", watch)
+        # Without a judge by labels, the network itself may still have learnt from them.
+        lesson = task if task.loss or splits.train.targets is None else classification()
+        model = trained(model, splits, lesson, recipe, cache / "trained", watch)
     else:
         raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
     return Workload(f"{config.model.name}-{config.data.name}", model.eval().requires_grad_(False), splits, task)
 
 
-def selection(config: DictConfig) -> Selection:
-    """What `select` needs; neither the model nor the data is touched."""
+def selection(overrides: Sequence[str]) -> Selection:
+    """What `select` needs; neither the model nor the data is touched.
+
+    Quality, objectives, bounds and rule are those that the study was run with, but for what `overrides` name.
+    """
+    tracker = open_tracker(compose(overrides))
+    study = tracker.study(str(compose(overrides).study))
+    stored = cast(DictConfig, OmegaConf.create(tracker.read_study_file(study, CONFIG_FILE) or "{}"))
+    quality = [f"quality={stored.quality}"] if "quality" in stored else []
+    config = compose([*quality, *overrides])
+    named = {_key(override).split(".")[0] for override in overrides}
+    with open_dict(config):
+        for key in {"objectives", "bounds", "rule"} - named:
+            config[key] = stored.get(key, config[key])
     return Selection(
-        study=str(config.study),
-        tracker=open_tracker(config),
+        study=study.name,
+        tracker=tracker,
         rule=make("rule", config.rule),
         objectives=list(config.objectives),
         bounds=_bounds(config),
@@ -238,11 +257,10 @@ def _known(path: str, name: str, known: Mapping[str, Metric]) -> None:
 def _folder(path: str, value: str) -> Path:
     """The folder, made if need be and known to be writable."""
     folder = Path(value).expanduser().absolute()
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(path, f"{folder} cannot be written ({error.strerror})", f"set {path}=DIRECTORY") from error
     return folder

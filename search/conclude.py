@@ -11,7 +11,7 @@ from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search import report
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
-from search.study import Outcome, Search
+from search.study import INTERRUPTED, Outcome, Search
 from search.tracking import StudyRun, Tracker, measurement_from
 from search.trial import TrialRecord
 
@@ -20,7 +20,7 @@ TEST_FILE = "test.json"
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the user is shown. `test` has champion and input on the test split, if that was opened for this champion."""
+    """What the user is shown. `test` has the uncompressed model and the champion that the test split was opened for."""
 
     outcome: Outcome
     choice: Choice
@@ -32,14 +32,21 @@ class Conclusion:
 
 def conclude(search: Search, outcome: Outcome) -> Conclusion:
     """Everything after the last trial; safe to repeat."""
+    try:
+        return _conclude(search, outcome)
+    finally:
+        search.tracker.close_study(outcome.study)
+
+
+def _conclude(search: Search, outcome: Outcome) -> Conclusion:
     choice = choose(outcome.records, search.rule, [m.name for m in search.objectives], search.bounds)
     view = report.View(quality=search.quality)
     tracker = search.tracker
-    test = _test_once(search, outcome, choice.record)
+    # An interrupted search has not said its last word: the test split waits.
+    test = {} if outcome.ended == INTERRUPTED else _test_once(search, outcome, choice.record)
     tracker.register(outcome.study, outcome.front, choice.record, search.workbench.runtimes)
     files = report.draw(search.folder / search.name, outcome.records, outcome.front, choice, search.layers, view)
     tracker.log_study_files(outcome.study, files)
-    tracker.close_study(outcome.study)
     return Conclusion(outcome, choice, view, test, tracker.link(outcome.study), tuple(files))
 
 
@@ -93,7 +100,11 @@ def _test_once(search: Search, outcome: Outcome, champion: TrialRecord) -> Mappi
         measured = {"champion": _on_test(search, champion), "uncompressed": _on_test(search, original)}
         numbers = {f"test.{name}.{m.name}": m.value for name, m in measured.items()}
         search.tracker.progress(outcome.study, len(outcome.records), numbers)
-        text = {"digest": champion.plan.digest, "measured": {name: asdict(m) for name, m in measured.items()}}
+        text = {
+            "number": champion.number,
+            "digest": champion.plan.digest,
+            "measured": {name: asdict(m) for name, m in measured.items()},
+        }
         search.tracker.log_study_text(outcome.study, json.dumps(text, indent=1), TEST_FILE)
     return _recorded_test(search.tracker, outcome.study, champion)
 
@@ -103,9 +114,11 @@ def _recorded_test(tracker: Tracker, study: StudyRun, champion: TrialRecord) -> 
     if text is None:
         return {}
     stored = json.loads(text)
+    named = {name: measurement_from(raw) for name, raw in stored["measured"].items()}
     if stored["digest"] != champion.plan.digest:
-        return {}
-    return {name: measurement_from(raw) for name, raw in stored["measured"].items()}
+        # It was opened once, and that was for another one: a second look would be a choice made on it.
+        named[f"trial {stored['number']}, an earlier champion"] = named.pop("champion")
+    return named
 
 
 def _on_test(search: Search, record: TrialRecord) -> Measurement:

@@ -53,7 +53,7 @@ def fashion_mnist(
     calibration: int = 512,
     validation: int = 2000,
     test: int | None = None,
-    shift: int = 2,
+    shift: int = 1,
     seed: int = 0,
 ) -> Splits:
     """60,000 + 10,000 grey pictures of clothes (Xiao 2017, arXiv 1708.07747); the official test set is the test split.

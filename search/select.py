@@ -182,9 +182,9 @@ def choose(
     """
     measured = _measured(records, [*objectives, *rule.needs(), *(bound.metric for bound in bounds)])
     inputs = baselines(measured)
-    original = next((r for r in inputs if r.plan.target.precision == "fp32"), None)
+    original = next((r for r in inputs if r.plan.target.precision == "fp32"), next(iter(inputs), None))
     if original is None:
-        raise ConfigError("study", "holds no measured uncompressed fp32 model", "run its first trials to the end")
+        raise ConfigError("study", "holds no measured uncompressed model", "run its first trials to the end")
     useful = [r for r in measured if not r.plan.steps or not _slower(r, inputs, rule.speed)]
     within = front_of(useful, objectives, bounds)
     if within:
@@ -230,7 +230,10 @@ def _best_within_drop(
             f"no candidate keeps {quality} within {drop:g} of the uncompressed {shown(original.value(quality))}: "
             f"the nearest, trial {nearest.number}, loses {loss(nearest):.4g}, {loss(nearest) - drop:.2g} too much",
         )
-    best = min(within, key=lambda r: (_cost(r.value(metric)), loss(r)))
+    first = min(within, key=lambda r: _cost(r.value(metric))).value(metric)
+    # Closer than the bands is a tie: no quality is given away for it.
+    tied = [r for r in within if not first.clearly_better(r.value(metric))]
+    best = min(tied, key=lambda r: (loss(r), _cost(r.value(metric))))
     lost = (
         f"{loss(best):.4g} lost" if loss(best) > 0 else f"{-loss(best):.4g} gained" if loss(best) < 0 else "none lost"
     )

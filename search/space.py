@@ -321,6 +321,10 @@ def _check_kernels(method: Method, kinds: Mapping[str, str], runtimes: Mapping[s
         for kind in sorted({kinds[owner] for owner in knob.owners}):
             for runtime in runtimes.values():
                 for bits in knob.choices:
+                    if not isinstance(bits, int):
+                        raise ConfigError(
+                            f"compressor.{method.name}.space.bits", f"{bits!r} is no width", "give 8 or 32"
+                        )
                     if runtime.support(kind, int(bits)) is Support.REFUSED:
                         possible = [
                             b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED

@@ -16,16 +16,16 @@ from typing import cast
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from compressors.errors import ConfigError
+from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
 from evaluators.measurement import Metric
 from search.liveness import is_gone, this_process
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
-from search.tracking import StudyRun, Tracker
+from search.tracking import StudyRun, Tracker, refuse_another
 from search.trial import Clock, TrialRecord, Workbench
 
 HEARTBEAT_S = 20
@@ -46,8 +46,8 @@ class Budget:
         if self.trials is None and self.minutes is None:
             raise ConfigError("budget", "has neither trials nor minutes", "set budget.trials=N or budget.minutes=M")
         for name, value in (("trials", self.trials), ("minutes", self.minutes)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"budget.{name}", f"is {value}", "give a number above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"budget.{name}", f"is {value}", "give a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,9 @@ class Outcome:
     ended: str
 
 
+INTERRUPTED = "interrupted: the same command goes on from here"
+
+
 def run(search: Search, watch: Watcher) -> Outcome:
     """Begin the study, or take it up where it was left, and carry it to its budget.
 
@@ -118,7 +121,7 @@ def run(search: Search, watch: Watcher) -> Outcome:
     try:
         ended = loop.until_spent()
     except KeyboardInterrupt:
-        ended = "interrupted: the same command goes on from here"
+        ended = INTERRUPTED
     finally:
         search.workbench.close()
     records = tuple(search.tracker.records(loop.run))
@@ -131,7 +134,8 @@ class _Loop:
     def __init__(self, search: Search, watch: Watcher) -> None:
         self.search, self.watch = search, watch
         search.tracker.check(search.name)
-        self.study = _open_study(search)
+        with _host_lock(search):
+            self.study = _open_study(search)
         bench = search.workbench
         self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
         self.records = list(search.tracker.records(self.run))
@@ -139,49 +143,64 @@ class _Loop:
         self.began = time.perf_counter()
         self.looked_after = -math.inf
         self.duplicates = 0
-        self.reference = bench.reference(search.reference, Clock(watch=self._show))
+        try:
+            self.reference = bench.reference(search.reference, Clock(watch=self._show))
+        except Infeasible as infeasible:
+            remedy = "choose another runtime=[...] or another model"
+            raise ConfigError("model", f"cannot be deployed as it is: {infeasible.reason}", remedy) from infeasible
         self.examples = bench.examples("validation")
 
     def until_spent(self) -> str:
         """Trial after trial; says why it stopped."""
         in_a_row = 0
-        while True:
-            ended = self._budget_spent()
-            if ended:
-                return ended
-            in_a_row = in_a_row + 1 if self._one() else 0
-            if in_a_row >= DUPLICATES_IN_A_ROW:
-                return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
+        while in_a_row < DUPLICATES_IN_A_ROW:
+            # Counting, asking and signing are one act among the workers of a host: none overshoots the budget, and
+            # none takes up a plan that another one is at.
+            with _host_lock(self.search):
+                if time.perf_counter() - self.looked_after > HEARTBEAT_S:
+                    self._take_up_the_dead()
+                ended = self._budget_spent()
+                if ended:
+                    return ended
+                trial, plan, twin = self._ask()
+            in_a_row = in_a_row + 1 if twin else 0
+            if twin is None:
+                self._one(trial, plan)
+            else:
+                self._tell_again(trial, twin)
+        return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
 
     def _budget_spent(self) -> str:
         budget = self.search.budget
         done, elapsed = len(_counted(self.study)), self._elapsed()
-        if budget.trials is not None and done >= budget.trials:
-            return f"budget spent: {done} of {budget.trials} trials"
+        running = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if budget.trials is not None and done + running >= budget.trials:
+            elsewhere = f", {running} of them still running elsewhere" if running else ""
+            return f"budget spent: {done + running} of {budget.trials} trials{elsewhere}"
         if budget.minutes is not None and elapsed >= 60 * budget.minutes:
             return f"budget spent: {elapsed / 60:.1f} of {budget.minutes:g} minutes, {done} trials"
         return ""
 
-    def _one(self) -> bool:
-        """Ask, carry out, tell. True if the plan had been measured before."""
-        with _host_lock(self.search):
-            if time.perf_counter() - self.looked_after > HEARTBEAT_S:
-                self._take_up_the_dead()
-            with _quiet():
-                trial = self.study.ask()
-            trial.set_user_attr("owner", this_process())
+    def _ask(self) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
+        """The next trial, signed; baselines and uniform plans that are still missing come before the sampler's own."""
+        known = {t.user_attrs.get("digest") for t in _answers(self.study)}
+        for answers in (*self.search.space.baselines(), *self.search.space.uniform()):
+            if self.search.space.sample(FixedTrial(answers)).digest not in known:
+                self.study.enqueue_trial(answers)
+                break
+        with _quiet():
+            trial = self.study.ask()
+        trial.set_user_attr("owner", this_process())
         plan = self.search.space.sample(trial)
-        twin = _twin(self.study, plan.digest)
+        twin = next((t for t in _answers(self.study) if t.user_attrs.get("digest") == plan.digest), None)
         trial.set_user_attr("digest", plan.digest)
-        if twin is not None:
-            self._tell_again(trial, twin)
-            self.duplicates += 1
-            return True
-        # Measured and recorded by a worker that died before it could tell Optuna.
+        return trial, plan, twin
+
+    def _one(self, trial: Trial, plan: CompressionPlan) -> None:
+        """Carry out and tell, unless a worker that died before it could tell Optuna had measured and recorded it."""
         record = self.search.tracker.find(self.run, plan.digest) or self._carry_out(trial, plan)
         if record is not None:
             self._tell(trial, record)
-        return False
 
     def _carry_out(self, trial: Trial, plan: CompressionPlan) -> TrialRecord | None:
         """Run the plan with its tracker run open; the one place where any failure of a candidate is caught."""
@@ -195,8 +214,15 @@ class _Loop:
                 tracker.finish_trial(run_id, record, deployed)
             except KeyboardInterrupt:
                 tracker.kill_trial(run_id)
-                _requeue(self.study, trial.number)
+                self.study.tell(trial, state=TrialState.FAIL)
+                self.study.enqueue_trial(trial.params)
                 raise
+            except Infeasible as infeasible:
+                # Of the moment, not of the plan: it may be tried again.
+                tracker.fail_trial(run_id, clock.phase, infeasible.reason)
+                trial.set_user_attr("missed", infeasible.reason)
+                self.study.tell(trial, state=TrialState.FAIL)
+                return None
             except Exception as error:  # noqa: BLE001  a candidate may fail in any library; the study goes on
                 tracker.fail_trial(run_id, clock.phase, traceback.format_exc())
                 trial.set_user_attr("error", f"{clock.phase}: {type(error).__name__}: {error}")
@@ -219,13 +245,15 @@ class _Loop:
 
     def _tell_again(self, trial: Trial, twin: FrozenTrial) -> None:
         """The same plan gets the same answer, without any work."""
+        self.duplicates += 1
         trial.set_user_attr("duplicate_of", twin.number)
         for name, violation in twin.constraints.items():
             trial.set_constraint(name, violation)
         if twin.state is TrialState.COMPLETE:
             self.study.tell(trial, twin.values)
         else:
-            self.study.tell(trial, state=twin.state)
+            # Infeasible, failed, or still being measured by another worker, who will tell.
+            self.study.tell(trial, state=TrialState.PRUNED if twin.state is TrialState.PRUNED else TrialState.FAIL)
 
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
@@ -279,17 +307,9 @@ def _open_study(search: Search) -> optuna.Study:
         study.set_user_attr("fingerprint", dict(search.fingerprint))
         with _quiet():
             study.set_metric_names([metric.name for metric in search.objectives])
-    elif known != dict(search.fingerprint):
-        differing = [k for k in {**known, **search.fingerprint} if known.get(k) != search.fingerprint.get(k)]
-        shown = "; ".join(f"{k} was {known.get(k)}, is {search.fingerprint.get(k)}" for k in sorted(differing)[:3])
-        raise ConfigError(
-            "study", f"{search.name!r} was begun differently: {shown}", "choose another name with study=NAME"
-        )
+    else:
+        refuse_another(search.name, known, search.fingerprint)
     study.sampler = search.sampler(search.seed + len(study.get_trials(deepcopy=False)))
-    if not study.user_attrs.get("begun"):
-        for answers in (*search.space.baselines(), *search.space.uniform()):
-            study.enqueue_trial(answers, skip_if_exists=True)
-        study.set_user_attr("begun", True)
     return study
 
 
@@ -331,12 +351,15 @@ def _counted(study: optuna.Study) -> list[FrozenTrial]:
     return [
         t
         for t in finished
-        if "duplicate_of" not in t.user_attrs and (t.state is not TrialState.FAIL or "error" in t.user_attrs)
+        if "duplicate_of" not in t.user_attrs
+        and (t.state is not TrialState.FAIL or {"error", "missed"} & set(t.user_attrs))
     ]
 
 
-def _twin(study: optuna.Study, digest: str) -> FrozenTrial | None:
-    return next((t for t in _counted(study) if t.user_attrs.get("digest") == digest), None)
+def _answers(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials whose plan need not be tried again: finished for a reason of the plan's own, or being measured now."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [t for t in (*_counted(study), *running) if "missed" not in t.user_attrs]
 
 
 def _spent_s(study: optuna.Study) -> float:
@@ -344,9 +367,12 @@ def _spent_s(study: optuna.Study) -> float:
 
 
 def _requeue(study: optuna.Study, number: int) -> None:
-    """Give a trial up and queue its parameters again, at most `RETRIES` times over all its lives."""
-    study.tell(number, state=TrialState.FAIL)
+    """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
     lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
+    lives = len(lost.system_attrs.get("retry_history", [])) + 1
+    if lives > RETRIES:
+        Trial(study, lost._trial_id).set_user_attr("error", f"its process died {lives} times")
+    study.tell(number, state=TrialState.FAIL)
     with _quiet():
         RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, lost)
 

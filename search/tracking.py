@@ -4,6 +4,7 @@ Runs are addressed by id through the client: no active run and no global trackin
 may record at once.
 """
 
+import fcntl
 import inspect
 import json
 import logging
@@ -55,6 +56,7 @@ for _name in ("mlflow", "alembic"):
 
 SQLITE = "sqlite:///"
 CONFIG_FILE = "config.yaml"
+FINGERPRINT_FILE = "fingerprint.json"
 RECORD_FILE = "measurements.json"
 MODEL_FOLDER = "model"
 CHAMPION = "champion"
@@ -114,10 +116,20 @@ class Tracker:
             _check_writable(folder)
         remedy = "start the server, correct the address, or use tracking=local"
         try:
-            with _impatient():
+            with _impatient(), self._alone():
                 self._client.search_experiments(max_results=1)
         except (MlflowException, SQLAlchemyError) as error:
             raise ConfigError("tracking.uri", f"{self.uri} does not answer ({_reason(error)})", remedy) from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two processes that make the same database file at once would get in each other's way."""
+        if not self.address.startswith(SQLITE):
+            yield
+            return
+        with Path(f"{self.address.removeprefix(SQLITE)}.lock").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def _local_folders(self) -> Iterator[Path]:
         if self.address.startswith(SQLITE):
@@ -132,6 +144,8 @@ class Tracker:
         _check_name(name)
         experiment = self._experiment(workload)
         parents = self._parents([experiment], name)
+        if parents:
+            self.recognise(parents[0], fingerprint, sorted(fingerprint))
         study = parents[0] if parents else self._create_parent(experiment, name, fingerprint)
         self._client.update_run(study.run_id, status="RUNNING")
         self._client.log_text(study.run_id, config_yaml, CONFIG_FILE)
@@ -145,6 +159,11 @@ class Tracker:
         if not parents:
             raise ConfigError("study", f"{name!r} is not in {self.uri}", "run its search first, or give another name")
         return parents[0]
+
+    def recognise(self, study: StudyRun, fingerprint: Mapping[str, Scalar], entries: Sequence[str]) -> None:
+        """Raises `ConfigError` when one of these entries is not what the study was begun with."""
+        known = json.loads(self.read_study_file(study, FINGERPRINT_FILE) or "{}")
+        refuse_another(study.name, {k: known.get(k) for k in entries}, {k: fingerprint.get(k) for k in entries})
 
     def close_study(self, study: StudyRun) -> None:
         """Mark the parent run as finished; opening it again sets it running."""
@@ -210,6 +229,7 @@ class Tracker:
     def _create_parent(self, experiment: str, name: str, fingerprint: Mapping[str, Scalar]) -> StudyRun:
         tags = {"compareto.study": name, "compareto.role": "study"}
         own = str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        self._client.log_text(own, json.dumps(dict(fingerprint), indent=1), FINGERPRINT_FILE)
         self._log_params(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()})
         # Another worker may have done the same at this moment: all settle on the oldest.
         oldest = self._parents([experiment], name)[0]
@@ -300,7 +320,7 @@ class Tracker:
         return self.trial(study, int(version.tags["compareto.number"]))
 
     def model_folder(self, record: TrialRecord) -> Path:
-        """The deployed files: in place where the store is local, else a temporary copy. KeyError if there are none."""
+        """The deployed files: in place where the store is local, else a temporary copy."""
         uri = f"{self._client.get_run(_run_id(record)).info.artifact_uri}/{MODEL_FOLDER}"
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self.uri))
 
@@ -380,6 +400,20 @@ class Tracker:
             study.name, source, run_id, tags, description=_summary(record), model_id=logged.model_id
         )
         return str(version.version)
+
+
+def refuse_another(name: str, known: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> None:
+    """Raises `ConfigError` with what differs between a study as it was begun and as it would go on."""
+    differing = differences(known, now)
+    if differing:
+        remedy = "choose another name with study=NAME"
+        raise ConfigError("study", f"{name!r} was begun differently: {'; '.join(differing[:3])}", remedy)
+
+
+def differences(known: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> list[str]:
+    """One phrase for each entry of two fingerprints that is not the same."""
+    names = sorted(key for key in {**known, **now} if known.get(key) != now.get(key))
+    return [f"{key} was {known.get(key)}, is {now.get(key)}" for key in names]
 
 
 def save_pyfunc(
@@ -494,7 +528,8 @@ def _tags(tags: Mapping[str, str]) -> list[Any]:
 def _run_id(record: TrialRecord) -> str:
     """From `runs:/ID/model`."""
     if record.artifact_uri is None:
-        raise KeyError(f"trial {record.number} has no deployed files")
+        why = record.infeasible or "they were not recorded"
+        raise ConfigError("trial", f"{record.number} has no deployed files ({why})", "choose a trial with measurements")
     return record.artifact_uri.split("/")[1]
 
 

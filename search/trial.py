@@ -1,10 +1,9 @@
 """One trial from plan to record: compress, deploy, measure; reads the workload, writes nothing but deployed files."""
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +83,10 @@ class Workbench:
     def run(
         self, number: int, plan: CompressionPlan, reference: Deployed, examples: Examples, folder: Path, clock: Clock
     ) -> tuple[TrialRecord, Deployed | None]:
-        """Carry out one plan and leave its deployed files in `folder`; an infeasible one becomes a record too."""
+        """Carry out one plan and leave its deployed files in `folder`; an infeasible one becomes a record too.
+
+        Only what is of the moment and not of the plan, such as a machine too busy to time anything, is raised.
+        """
         artifact = deployed = reason = None
         measurements: tuple[Measurement, ...] = ()
         kernels: Mapping[str, str] = {}
@@ -94,6 +96,8 @@ class Workbench:
             with clock.timed("kernels"):
                 kernels = deployed.runtime.kernels(deployed)
         except Infeasible as infeasible:
+            if infeasible.transient:
+                raise
             reason = infeasible.reason
         achieved = artifact.achieved if artifact else {}
         record = TrialRecord(number, plan, measurements, reason, clock.seconds, achieved, self.environment, kernels)
@@ -111,9 +115,13 @@ class Workbench:
     def reference(self, target: Target, clock: Clock) -> Deployed:
         """The uncompressed model at `target`, kept in the cache: what latencies are ratios to."""
         folder = self.cache / "reference" / target.runtime
-        with tempfile.TemporaryDirectory() as fresh:
-            _, deployed = self.realise(CompressionPlan(target), Path(fresh), clock)
-            shutil.copytree(fresh, folder, dirs_exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+            (Path(fresh) / "made").mkdir()
+            _, deployed = self.realise(CompressionPlan(target), Path(fresh) / "made", clock)
+            # Another process may be timing against the files that are there: equal ones stay in place.
+            with suppress(OSError):
+                (Path(fresh) / "made").rename(folder)
         return Deployed(deployed.runtime, folder, deployed.precision, deployed.inputs)
 
     def measure(

@@ -1,8 +1,10 @@
 """What is being compressed: the trained model, its four splits and its task."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.errors import ConfigError
 from compressors.pipeline import Batch
+from compressors.plan import digest
 
 SPLITS = ("train", "calibration", "validation", "test")
 
@@ -109,9 +112,38 @@ class Workload:
         return tuple(x[:2] for x in self.splits.calibration.inputs)
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of the weights and of each split: two workloads with equal ones are the same."""
-        prints = {"model": tensors_digest(self.model.state_dict().values())}
+        """Digests of the network, of what it answers, of the loss and of each split: equal ones, equal workloads.
+
+        Equal weights alone do not make equal networks: a `forward` can use them in another way.
+        """
+        state = self.model.state_dict()
+        prints = {
+            "model": tensors_digest(state.values()),
+            "network": digest([repr(self.model), *state]),
+            "answers": tensors_digest([self._answers()]),
+            "loss": "none" if self.task.loss is None else code_digest(self.task.loss),
+        }
         return prints | {f"data.{name}": split_digest(split) for name, split in self.splits.named().items()}
+
+    def _answers(self) -> Tensor:
+        """On one thread: the last bits depend on the number of threads."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                return cast(Tensor, self.model(*self.example))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def code_digest(function: Callable[..., object]) -> str:
+    """Sixteen hex digits of a function's source, or of its name where there is no source to read."""
+    try:
+        return digest(inspect.getsource(function))
+    except (OSError, TypeError):
+        return digest(
+            f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(type(function)))}"
+        )
 
 
 def split_digest(split: Split) -> str:

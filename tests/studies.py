@@ -137,3 +137,10 @@ def main(folder: str, marker: str) -> None:
     from search.study import run
 
     run(make_search(Path(folder), 8, hang), quiet)
+
+
+def run_slowly(folder: Path, trials: int) -> None:
+    """One of several workers on the same study: slow enough for the other to take its share."""
+    from search.study import run
+
+    run(make_search(folder, trials, lambda _count: time.sleep(0.3)), quiet)

@@ -67,7 +67,7 @@ def test_fingerprints_tell_what_would_make_numbers_incomparable(store: Path) -> 
 
 def test_another_network_is_another_study(store: Path) -> None:
     before, after = built(store).fingerprint, built(store, name="plain").fingerprint
-    assert {k for k in before if before[k] != after[k]} == {"model", "space"}
+    assert {k for k in before if before[k] != after[k]} == {"model", "network", "answers", "space"}
     assert {"model", "data.train", "data.test", "cpu", "python", "onnxruntime"} <= set(before)
 
 

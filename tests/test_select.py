@@ -153,3 +153,8 @@ def test_every_rule_of_the_configuration_chooses(path: Path) -> None:
     config = OmegaConf.merge({"quality": "accuracy"}, {"rule": OmegaConf.load(path)})
     rule = instantiate(config.rule)
     assert choose(STUDY, rule, NAMES).record in STUDY
+
+
+def test_no_quality_is_given_away_for_a_speed_within_the_bands() -> None:
+    a_hair_faster = trial(5, 0.971, 0.199, 255)
+    assert choose([*STUDY, a_hair_faster], Fastest(), NAMES).record == INT8

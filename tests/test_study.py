@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from compressors.errors import ConfigError
+from compressors.errors import ConfigError, Infeasible
 from search.conclude import conclude
 from search.select import Bound
 from search.study import Budget, Progress, run
@@ -187,3 +187,40 @@ def test_a_study_without_a_measured_trial_has_no_champion(store: Path) -> None:
     search = make_search(store, 1, budget=Budget(minutes=1e-9))
     with pytest.raises(ConfigError, match="no measured trial"):
         conclude(search, run(search, quiet))
+
+
+def test_two_workers_share_the_budget_and_never_a_plan(store: Path) -> None:
+    code = f"from pathlib import Path; from tests.studies import *; run_slowly(Path({str(store)!r}), 8)"
+    workers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1]) for _ in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert len(counted(store)) == len(set(counted(store))) == 8
+    assert len({t.user_attrs["owner"] for t in optuna_trials(store)}) == 2
+
+
+def test_a_busy_moment_is_not_held_against_the_plan(store: Path) -> None:
+    moments = [Infeasible("too busy", transient=True)]
+
+    def busy(count: int) -> None:
+        if count == 6 and moments:
+            raise moments.pop()
+
+    outcome = run(make_search(store, 4, busy), quiet)
+    assert optuna_trials(store)[1].user_attrs["missed"] == "too busy"
+    assert next(len(r.plan.steps[0].per_layer) for r in outcome.records if r.plan.steps) == 6
+    assert len(outcome.records) == 3
+
+
+def test_interruptions_never_cost_the_baseline(store: Path) -> None:
+    calls: list[int] = []
+
+    def after_the_reference(count: int) -> None:
+        calls.append(count)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+
+    for _ in range(4):
+        calls.clear()
+        assert run(make_search(store, 3, after_the_reference), quiet).ended.startswith("interrupted")
+    outcome = run(make_search(store, 2), quiet)
+    assert not outcome.records[0].plan.steps
+    assert conclude(make_search(store, 2), outcome).choice.record in outcome.records

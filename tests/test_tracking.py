@@ -133,6 +133,11 @@ def test_opening_a_study_again_finds_it(tracker: Tracker, study: StudyRun) -> No
     assert tracker.open_study("digits-2", "digits", "", {}) != study
 
 
+def test_a_study_recorded_with_something_else_is_refused(tracker: Tracker, study: StudyRun) -> None:
+    with pytest.raises(ConfigError, match="model was abc, is xyz"):
+        tracker.open_study("digits-1", "digits", "seed: 1\n", {"model": "xyz"})
+
+
 def test_an_unknown_study_is_refused_with_its_name(tracker: Tracker, study: StudyRun) -> None:
     with pytest.raises(ConfigError, match="'other' is not in"):
         tracker.study("other")
@@ -157,7 +162,7 @@ def test_an_infeasible_trial_keeps_its_reason(tracker: Tracker, study: StudyRun)
     made = record(infeasible="no kernel for 3 bits")
     tracker.finish_trial(tracker.start_trial(study, 3, made.plan), made, None)
     assert tracker.records(study) == [made]
-    with pytest.raises(KeyError, match="no deployed files"):
+    with pytest.raises(ConfigError, match="no deployed files"):
         tracker.model_folder(made)
 
 
@@ -200,7 +205,11 @@ def test_progress_and_files_lie_on_the_parent(tracker: Tracker, study: StudyRun,
     run = tracker._client.get_run(study.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {"trials": 2, "front": 1}
-    assert {f.path for f in tracker._client.list_artifacts(study.run_id)} == {"config.yaml", "front.json"}
+    assert {f.path for f in tracker._client.list_artifacts(study.run_id)} == {
+        "config.yaml",
+        "fingerprint.json",
+        "front.json",
+    }
 
 
 def test_links_lead_to_the_parent_run(tracker: Tracker, study: StudyRun) -> None:

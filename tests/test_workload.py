@@ -59,10 +59,17 @@ def test_fingerprints_tell_weights_and_data_apart() -> None:
     one = Workload("w", build("plain"), splits(), classification())
     same = Workload("w", build("plain"), splits(), classification())
     assert one.fingerprint() == same.fingerprint()
-    assert set(one.fingerprint()) == {"model", *(f"data.{name}" for name in SPLITS)}
+    assert set(one.fingerprint()) == {"model", "network", "answers", "loss", *(f"data.{name}" for name in SPLITS)}
     other = Workload("w", build("plain", seed=1), splits(test=split(6)), classification())
     differing = {key for key, value in other.fingerprint().items() if value != one.fingerprint()[key]}
-    assert differing == {"model", "data.test"}
+    assert differing == {"model", "answers", "data.test"}
+
+
+def test_equal_weights_in_another_forward_are_another_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Workload("w", build("plain"), splits(), classification())
+    before = one.fingerprint()
+    monkeypatch.setattr(type(one.model), "forward", lambda self, x: -self.head(self.b(self.a(x)).mean((2, 3))))
+    assert {key for key, value in one.fingerprint().items() if value != before[key]} == {"answers"}
 
 
 def test_digests_depend_on_shape_and_type() -> None:
