@@ -30,6 +30,7 @@ class Latency:
     `sessions` times both files are loaded afresh, because the same file runs a few per cent faster or slower from one
     load to the next; each session has `rounds` rounds of `warmup` untimed and `calls` timed calls of each. A reading
     is thrown away when the reference strays more than `drift` from its calibrated time, at most `retries` times.
+    `floor` is the least half-width of a band: a ratio was seen to move so far from one process to another.
     `core` -1 is the last core of this process. One reading runs at a time on a host, whatever the number of searches.
     """
 
@@ -42,6 +43,7 @@ class Latency:
     calls: int = 10
     seconds: float = 12.0
     drift: float = 0.10
+    floor: float = 0.06
     retries: int = 6
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -53,7 +55,7 @@ class Latency:
         at_least(2, **{"evaluator.latency.sessions": self.sessions})
         if not isinstance(self.core, int):
             raise ConfigError("evaluator.latency.core", f"is {self.core!r}", "give a whole number, -1 for the last")
-        least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds")}
+        least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds", "floor")}
         at_least(0, **{f"evaluator.latency.{name}": value for name, value in least.items()})
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -72,7 +74,7 @@ class Latency:
             "reference_ms": round(reading.reference_ms, 6),
             "sessions": len(reading.ratios),
         }
-        low, value, high = band(reading.ratios)
+        low, value, high = band(reading.ratios, self.floor)
         n = sum(map(len, reading.ratios))
         return (
             Measurement(RATIO, value, (low, high), n, conditions),
@@ -112,16 +114,17 @@ class Latency:
         )
 
 
-def band(sessions: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+def band(sessions: Sequence[Sequence[float]], floor: float = 0.0) -> tuple[float, float, float]:
     """The median over all rounds with a 95 % band: what one more session would read.
 
     Rounds within a session agree closer than sessions do, so the band rests on the session medians alone: a t interval
-    for the next one, in logarithms because ratios multiply. The spread of the rounds is its least width.
+    for the next one, in logarithms because ratios multiply. The spread of the rounds is its least width,
+    and so is `floor` each way: what no session of one process can see.
     """
     rounds = sorted(ratio for session in sessions for ratio in session)
     value = statistics.median(rounds)
     logs = [math.log(statistics.median(session)) for session in sessions]
-    half = _order_statistic_half_width(rounds, value)
+    half = max(floor, _order_statistic_half_width(rounds, value))
     if len(logs) > 1:
         t = _T95[min(len(logs) - 1, len(_T95)) - 1]
         half = max(half, t * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs)))

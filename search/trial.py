@@ -63,8 +63,10 @@ class Clock:
         self.phase = phase
         self.watch(phase)
         began = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
 @dataclass(frozen=True)
