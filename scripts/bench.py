@@ -1,6 +1,6 @@
 """Checks what a finished study claims, in fresh processes, and writes the figures with the machine's facts.
 
-    .venv/bin/python scripts/bench.py verify [option=value ...] > benchmarks/verify.log
+    .venv/bin/python scripts/bench.py verify [option=value ...] > benchmarks/default/verify.json
 
 reads the study that the options name (default: the default search's), loads every front member again, and reports:
 how many front members differ beyond their bands, the champion's speed-up and test loss, how many members give the same
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def verify(config: DictConfig) -> None:
-    """All figures of one study, as text on stdout and as JSON under benchmarks/."""
+    """All figures of one study, as JSON on stdout."""
     search = build.build(config.copy(), lambda _progress: None)
     study = search.tracker.study(search.name)
     records = search.tracker.records(study)
