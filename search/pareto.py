@@ -33,15 +33,5 @@ def distinct(rows: Sequence[Row]) -> list[int]:
     return kept
 
 
-def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area between two minimised objectives and the reference point, exact; points beyond it add nothing."""
-    area, ceiling = 0.0, reference[1]
-    for x, y in sorted(points):
-        if x < reference[0] and y < ceiling:
-            area += (reference[0] - x) * (ceiling - y)
-            ceiling = y
-    return area
-
-
 def _differ(a: Row, b: Row) -> bool:
     return any(x.clearly_better(y) or y.clearly_better(x) for x, y in zip(a, b, strict=True))

@@ -1,11 +1,9 @@
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.measurement import Measurement, Metric
-from search.pareto import distinct, dominates, front, hypervolume
+from search.pareto import distinct, dominates, front
 
 METRICS = (Metric("accuracy", "share", "maximize"), Metric("latency_ratio", "ratio", "minimize"))
 
@@ -60,12 +58,6 @@ def test_distinct_is_a_maximal_part_of_the_front(rows: list[tuple[Measurement, .
     assert all(i in kept or not all(differ(i, j) for j in kept) for i in front(rows))
 
 
-@given(points_strategy)
-def test_hypervolume_counts_the_unit_cells_that_are_covered(points: list[tuple[int, int]]) -> None:
-    cells = sum(any(x <= i and y <= j for x, y in points) for i in range(5) for j in range(5))
-    assert math.isclose(hypervolume(points, (5, 5)), cells)
-
-
 def test_touching_bands_are_a_tie() -> None:
     near, far = row(0.9, 0.50, band=0.01), row(0.9, 0.52, band=0.01)
     assert not dominates(near, far)
@@ -83,4 +75,3 @@ def test_rows_of_different_length_are_refused() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     assert front([]) == distinct([]) == []
-    assert hypervolume([], (1, 1)) == 0

@@ -75,7 +75,8 @@ def test_everything_is_drawn_and_not_blank(tmp_path: Path) -> None:
 
 
 def test_a_study_of_one_trial_can_be_drawn(tmp_path: Path) -> None:
-    draw(tmp_path, [BASE], [BASE], Choice(BASE, True, "the only one"), LAYERS, VIEW)
+    paths = draw(tmp_path, [BASE], [BASE], Choice(BASE, True, "the only one"), LAYERS, VIEW)
+    assert all(path.stat().st_size for path in paths)
 
 
 @pytest.fixture

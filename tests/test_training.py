@@ -110,7 +110,8 @@ def test_tied_weights_can_be_kept(tmp_path: Path) -> None:
 
 def test_one_short_batch_is_enough(tmp_path: Path) -> None:
     few = replace(splits(), train=squares(4, 0))
-    trained(network(), few, classification(), Recipe(epochs=1, learning_rate=0.1, batch=64), tmp_path)
+    model = trained(network(), few, classification(), Recipe(epochs=1, learning_rate=0.1, batch=64), tmp_path)
+    assert not torch.equal(weights(model), weights(network()))
 
 
 def test_a_loss_that_explodes_names_the_learning_rate(tmp_path: Path) -> None:
