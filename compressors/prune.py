@@ -12,6 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
+from compressors.fisher import Effect, Fisher, Question
 from compressors.layers import KINDS, read_layers
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
@@ -53,6 +54,13 @@ class Prune:
         _remove(model, cuts)
         return Applied({o: {"sparsity": 1 - n / known[o].width, "channels": n} for o, n in kept.items()})
 
+    def effects(
+        self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
+    ) -> list[Effect]:
+        """What the removed channels were worth, without recovery; and how far every layer around them shrinks."""
+        known = {group.owner: group for group in _trace(model, example)}
+        return [_effect(_known(known, owner), owner, settings, fisher) for owner, settings in questions]
+
 
 def kept_channels(width: int, sparsity: float, align: int) -> int:
     """How many of `width` channels stay: the nearest multiple of `align`, never none and never more than `width`."""
@@ -60,6 +68,28 @@ def kept_channels(width: int, sparsity: float, align: int) -> int:
         return width
     multiples = int(width * (1 - sparsity) / align + 0.5)
     return min(width, align * max(1, multiples))
+
+
+def _effect(group: "_Group", owner: str, settings: Settings, fisher: Fisher) -> Effect:
+    kept = kept_channels(group.width, _sparsity(owner, settings), _align(settings))
+    removed = frozenset(group.weakest[: group.width - kept])
+    shrunk: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for edit in group.edits:
+        share = len(edit.channels(removed)) / edit.width
+        shrunk[edit.consumes][edit.layer] = shrunk[edit.consumes].get(edit.layer, 1.0) - share
+    return Effect(_gates(group, fisher, sorted(removed)), outputs=shrunk[False], inputs=shrunk[True])
+
+
+def _gates(group: "_Group", fisher: Fisher, removed: Sequence[int]) -> float:
+    """Where norms follow the layers, their scale and shift are the factor on the channel; else the weights are."""
+    producers = [edit for edit in group.edits if not edit.consumes]
+    norms = [edit for edit in producers if edit.layer not in group.members]
+    parts = []
+    for edit in norms or producers:
+        channels = dict(zip(edit.source, edit.index, strict=True))
+        names = (f"{edit.layer}.{name}" for name in ("weight", "bias"))
+        parts += [(name, [channels[c] for c in removed]) for name in names if name in fisher.gates]
+    return fisher.removal(parts)
 
 
 def _align(shared: Settings) -> int:
@@ -83,6 +113,7 @@ class _Edit:
     layer: str
     remove: Remove
     consumes: bool
+    width: int
     index: tuple[int, ...]
     source: tuple[int, ...]
 
@@ -155,9 +186,10 @@ def _read(group: Any, graph: Any, names: Mapping[nn.Module, str], order: Mapping
         if module in names:
             consumes = not graph.is_out_channel_pruning_fn(remove)
             # An operation unknown to the tracer passes for one that keeps the width, and indices then point nowhere.
-            if max(item.idxs) >= (graph.get_in_channels(module) if consumes else graph.get_out_channels(module)):
+            width = graph.get_in_channels(module) if consumes else graph.get_out_channels(module)
+            if max(item.idxs) >= width:
                 return None
-            edits.append(_Edit(names[module], remove, consumes, tuple(item.idxs), tuple(item.root_idxs)))
+            edits.append(_Edit(names[module], remove, consumes, width, tuple(item.idxs), tuple(item.root_idxs)))
     members = sorted({e.layer for e in edits if e.layer in order and not e.consumes}, key=order.__getitem__)
     widths = {len(e.index) for e in edits if e.layer in members and not e.consumes}
     if len(widths) != 1 or widths == {1}:

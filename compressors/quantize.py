@@ -1,7 +1,7 @@
 """Decides bit-widths and computes low-bit weights; it never touches the model, each runtime places the numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
+from compressors.fisher import Effect, Fisher, Question
 from compressors.layers import read_layers
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
@@ -54,6 +55,35 @@ class Quantize:
             if made is not None:
                 numbers.update(dict.fromkeys(groups[owner], made))
         return Applied(achieved, numbers)
+
+    def effects(
+        self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
+    ) -> list[Effect]:
+        """Rounding errors of the weights alone: what the activations lose is left to the measurements."""
+        groups = self.groups(model, example)
+        return [self._effect(model, groups[owner], owner, settings, fisher) for owner, settings in questions]
+
+    def _effect(
+        self, model: nn.Module, members: Sequence[str], owner: str, settings: Settings, fisher: Fisher
+    ) -> Effect:
+        name, bits = f"{owner}.weight", int(settings["bits"])
+        weight = model.get_parameter(name).detach()
+        try:
+            rounded = _rounded(weight, owner, bits, settings)
+        except Infeasible:
+            return Effect(math.inf, bits=dict.fromkeys(members, bits))
+        return Effect(fisher.rounding(name, rounded - weight), bits=dict.fromkeys(members, bits))
+
+
+def _rounded(weight: Tensor, name: str, bits: int, settings: Settings) -> Tensor:
+    """The float weights that `bits` stand for; 8 bits as the runtimes do it, one scale an output channel."""
+    if bits == 32:
+        return weight
+    rows = weight.flatten(1)
+    if bits == 8:
+        step = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return ((rows / step).round() * step).reshape(weight.shape)
+    return dequantize(*quantize_groups(rows, bits, _group_size(name, rows.shape[1], settings))).reshape(weight.shape)
 
 
 def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,7 +29,11 @@ from evaluators.score import Score
 from search.cache import WeightStore
 from search.conclude import Selection
 from search.models import check_model, load_checkpoint
+from search.proposals import Role
+from search.sampler import GuidedSampler
 from search.select import Bound
+from search.sensitivity import guide
+from search.solver import Guide
 from search.space import build_space
 from search.study import Budget, Search, open_storage
 from search.tracking import CONFIG_FILE, Tracker
@@ -78,7 +82,8 @@ def build(
     for bound in bounds:
         _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
     tracker: Tracker = make("tracking", config.tracking)
-    rule, sampler = make("rule", config.rule), _sampler(config)
+    rule = make("rule", config.rule)
+    _sampler(config, None, ())  # a wrong argument shows before any work
     for name in rule.needs():
         _known(f"rule: {name}", name, _metrics(evaluators))
     compressors: dict[str, Compressor] = {}
@@ -99,6 +104,7 @@ def build(
     prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
     shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
+    known = guide(workload, layers, compressors, space, cache) if _is_guided(config) else None
     workbench = Workbench(
         workload, compressors, runtimes, evaluators, environment, shared, WeightStore(shared), config.recovery_batch
     )
@@ -110,7 +116,7 @@ def build(
         objectives=objectives,
         bounds=bounds,
         budget=budget,
-        sampler=sampler,
+        sampler=_sampler(config, known, [_role(metric, str(config.quality)) for metric in objectives]),
         storage=str(config.storage.url),
         tracker=tracker,
         rule=rule,
@@ -119,6 +125,7 @@ def build(
         config=OmegaConf.to_yaml(config),
         quality=str(config.quality),
         seed=config.seed,
+        sparing=known is not None,
     )
 
 
@@ -217,15 +224,28 @@ def _check(config: DictConfig) -> None:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
 
 
-def _sampler(config: DictConfig) -> Callable[[int], Any]:
-    """How to make the sampler from a seed; made once at once, so that a wrong argument shows before any work."""
+def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:
+    """How to make the sampler of a worker that comes when there are so many trials."""
     node = {**_plain(config.sampler), "_partial_": False}
 
-    def sampler(seed: int) -> Any:
-        return make("sampler", {**node, "seed": seed})
+    def sampler(trials: int) -> Any:
+        # The guided sampler tells trials apart by itself, and must propose the same from the same trials.
+        if _is_guided(config):
+            return make("sampler", {**node, "seed": config.seed, "_partial_": True})(known, roles)
+        return make("sampler", {**node, "seed": config.seed + trials})
 
-    sampler(config.seed)
+    sampler(0)
     return sampler
+
+
+def _is_guided(config: DictConfig) -> bool:
+    return get_class(config.sampler._target_) is GuidedSampler
+
+
+def _role(metric: Metric, quality: str) -> Role:
+    if metric.name == quality:
+        return "quality"
+    return "size" if metric.unit == "bytes" else "latency"
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:

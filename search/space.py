@@ -53,6 +53,10 @@ class Knob:
             middle = self.low + round((middle - self.low) / self.step) * self.step
         return round(middle) if isinstance(self.low, int) and isinstance(self.high, int) else middle
 
+    def first(self, but: Scalar) -> Scalar:
+        """The weakest value that is not `but`."""
+        return next((value for value in self.choices if value != but), self.last())
+
     def last(self) -> Scalar:
         """The strongest value, by the convention that choices are listed from weak to strong."""
         return self.choices[-1] if self.choices else self.high
@@ -126,20 +130,22 @@ class SearchSpace:
             for precision in precisions:
                 yield self._answers(Target(runtime, precision), {})
 
-    def uniform(self) -> Iterator[dict[str, Scalar]]:
+    def uniform(self, sparing: bool = False) -> Iterator[dict[str, Scalar]]:
         """Answers for each method alone, each of its values on all layers alike, on every runtime.
 
-        Recovery methods come along at full strength wherever the structure changes; everything else is off.
+        Recovery methods come along at full strength wherever the structure changes; everything else is off. With
+        `sparing` there is one value a method, from its middle, and as little recovery as there can be.
         """
         # Numeric methods first: they need no training, so that a short search has something of everything.
         for method in reversed(self.methods):
             if method.needs_structure:
                 continue
-            for value in _levels(method):
+            levels = _levels(method)
+            for value in [levels[len(levels) // 2]] if sparing else levels:
                 for runtime, precisions in self.targets.items():
-                    yield self._answers(Target(runtime, precisions[-1]), {method.name: value})
+                    yield self._answers(Target(runtime, precisions[-1]), {method.name: value}, sparing)
 
-    def _answers(self, target: Target, wanted: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    def _answers(self, target: Target, wanted: Mapping[str, Scalar], sparing: bool = False) -> dict[str, Scalar]:
         answers: dict[str, Scalar] = {}
         methods = {method.name: method for method in self.methods}
 
@@ -154,7 +160,7 @@ class SearchSpace:
             if knob not in method.deciding:
                 return knob.middle()
             if method.needs_structure:
-                return knob.last()
+                return knob.first(but=method.off[1]) if sparing else knob.last()
             value = wanted.get(knob.method, method.off[1])
             return value if not knob.choices or value in knob.choices else method.off[1]
 

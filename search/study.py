@@ -23,6 +23,7 @@ from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
 from evaluators.measurement import Metric
 from search.liveness import is_gone, this_process
+from search.sampler import REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
 from search.tracking import StudyRun, Tracker, refuse_another
@@ -52,7 +53,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Search:
-    """Everything one search needs, built from its configuration."""
+    """Everything one search needs, built from its configuration.
+
+    `sparing` leaves all but a few of the uniform plans to a sampler that knows better.
+    """
 
     name: str
     workbench: Workbench
@@ -70,6 +74,7 @@ class Search:
     config: str
     quality: str
     seed: int = 0
+    sparing: bool = False
 
     @property
     def reference(self) -> Target:
@@ -184,14 +189,17 @@ class _Loop:
     def _ask(self) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
         """The next trial, signed; baselines and uniform plans that are still missing come before the sampler's own."""
         known = {t.user_attrs.get("digest") for t in _answers(self.study)}
-        for answers in (*self.search.space.baselines(), *self.search.space.uniform()):
-            if self.search.space.sample(FixedTrial(answers)).digest not in known:
+        space = self.search.space
+        for answers in (*space.baselines(), *space.uniform(self.search.sparing)):
+            if space.sample(FixedTrial(answers)).digest not in known:
                 self.study.enqueue_trial(answers)
                 break
+        if self.search.budget.minutes is not None:
+            self.study.set_user_attr(REMAINING, 60 * self.search.budget.minutes - self._elapsed())
         with _quiet():
             trial = self.study.ask()
         trial.set_user_attr("owner", this_process())
-        plan = self.search.space.sample(trial)
+        plan = space.sample(trial)
         twin = next((t for t in _answers(self.study) if t.user_attrs.get("digest") == plan.digest), None)
         trial.set_user_attr("digest", plan.digest)
         return trial, plan, twin
@@ -309,7 +317,7 @@ def _open_study(search: Search) -> optuna.Study:
             study.set_metric_names([metric.name for metric in search.objectives])
     else:
         refuse_another(search.name, known, search.fingerprint)
-    study.sampler = search.sampler(search.seed + len(study.get_trials(deepcopy=False)))
+    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
 
 

@@ -1,0 +1,113 @@
+"""The diagonal Fisher information of a model: how much its loss would mind a change of its weights."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from compressors.pipeline import Batch
+from compressors.plan import Settings
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """What single-example gradients of the log likelihood said.
+
+    `squares` has the mean squared gradient of every weight; `gates` has, per parameter, `(examples, out)`: the gradient
+    with respect to a factor on each of its output channels.
+    """
+
+    squares: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor]
+
+    def rounding(self, name: str, change: Tensor) -> float:
+        """Predicted rise of the loss when independent errors `change` are added to a parameter."""
+        return 0.5 * float((self.squares[name] * change.square()).sum())
+
+    def removal(self, parts: Sequence[tuple[str, Sequence[int]]]) -> float:
+        """Predicted rise of the loss when output channels go to zero; `parts` names parameters and channels of each.
+
+        The i-th channels of all parts act as one factor (Theis 2018, arXiv 1801.05787), so their errors do not average
+        out as those of rounding do.
+        """
+        gate = sum((self.gates[name][:, list(channels)] for name, channels in parts), torch.zeros(1))
+        return 0.5 * float(gate.square().mean(0).sum())
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one setting of one group is expected to do, before anything is recovered.
+
+    `loss` is the predicted rise of the loss; `outputs` and `inputs` are the shares of a layer's channels that stay;
+    `bits` are the widths that layers get.
+    """
+
+    loss: float
+    outputs: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+
+Question = tuple[str, Settings]
+"""Owner of a group, and its settings together with those shared by the step."""
+
+
+@runtime_checkable
+class Sensitive(Protocol):
+    """A compressor that can say beforehand what its settings do; a method without it is searched by trial alone."""
+
+    def effects(
+        self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
+    ) -> list[Effect]:
+        """One effect per question, on the uncompressed model; its loss is infinite where `apply` would refuse."""
+
+
+def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0) -> Fisher:
+    """One pass over `examples` examples; targets are drawn from the model's own prediction, so labels are not needed.
+
+    The output must be `(n, classes)` logits. Drawn targets, unlike the true ones, give the Fisher information itself
+    (Kunstner 2019, arXiv 1905.12558); one example at a time, because the square of a mean is not the mean of squares.
+    """
+    was = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    gates: dict[str, list[Tensor]] = {name: [] for name in squares}
+    count = 0
+    for inputs in _single(batches, examples):
+        for name, parameter, gradient in _gradients(model, inputs, generator):
+            squares[name] += gradient.square()
+            gates[name].append(
+                (gradient * parameter.detach()).flatten(1).sum(1)
+                if gradient.dim() > 1
+                else gradient * parameter.detach()
+            )
+        count += 1
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(was[name])
+    return Fisher(
+        {name: total / count for name, total in squares.items()}, {n: torch.stack(rows) for n, rows in gates.items()}
+    )
+
+
+def _single(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Tensor, ...]]:
+    for inputs, _ in batches:
+        for i in range(len(inputs[0])):
+            if examples == 0:
+                return
+            examples -= 1
+            yield tuple(x[i : i + 1] for x in inputs)
+
+
+def _gradients(
+    model: nn.Module, inputs: tuple[Tensor, ...], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    logits = model(*inputs)
+    target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    loss = nn.functional.cross_entropy(logits, target)
+    named = [(name, p) for name, p in model.named_parameters()]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    for (name, parameter), gradient in zip(named, gradients, strict=True):
+        yield name, parameter, torch.zeros_like(parameter) if gradient is None else gradient

@@ -1,0 +1,174 @@
+"""The guided sampler for Optuna: a solver proposes what it knows the price of, TPE samples the rest."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from compressors.errors import ConfigError
+from search.proposals import Fact, Proposer, Role
+from search.solver import Answers, Guide
+
+LOSS = "loss"
+"""User attribute of a trial: the measured rise of the loss, in the currency of the guide."""
+REMAINING = "remaining_s"
+"""User attribute of a study: seconds left; proposals that take longer stand back."""
+EXPECTED = "guided:expected"
+"""System attribute of a trial: what was expected of its values when it was proposed."""
+
+# TPE's own work grows with what it looks at.
+TPE_MEMORY = 64
+TPE_STARTUP = 4
+
+
+class GuidedSampler(BaseSampler):
+    """For the knobs of `guide`, proposes the unseen plan with the largest expected hypervolume gain per second.
+
+    `roles` says what each objective is: `quality` (one of them) follows the predicted loss, `latency` and `size` are
+    learnt from what trials measured; by default the first is the quality and the others latencies. `tolerance` is
+    the share of the best model's quality below which nothing is of interest; None takes the front's own range. Beliefs
+    are derived anew from the study's stored trials, so any number of workers agree and a restart changes nothing: the
+    same trials and the same seed give the same proposal. Without a guide it is TPE.
+    """
+
+    def __init__(
+        self,
+        guide: Guide | None = None,
+        roles: Sequence[Role] = (),
+        tolerance: float | None = 0.05,
+        seed: int | None = None,
+    ) -> None:
+        """Refuses a tolerance that leaves nothing, and roles without exactly one quality."""
+        if tolerance is not None and not tolerance > 0:
+            raise ConfigError("sampler.tolerance", f"is {tolerance}", "give a number above 0, or null")
+        if roles and list(roles).count("quality") != 1:
+            raise ConfigError("sampler.roles", f"are {list(roles)}", "call exactly one of them quality")
+        self.guide, self.roles, self.tolerance = guide, tuple(roles), tolerance
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._tpe = TPESampler(seed=seed)
+        self._proposers: dict[int, Proposer] = {}
+        self._read: dict[int, Fact] = {}
+        self._proposed: tuple[int, Answers] | None = None
+        self._rest: tuple[int, Study] | None = None
+
+    def reseed_rng(self) -> None:
+        """For workers that were forked: each goes its own way."""
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self._tpe.reseed_rng()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Nothing: which knobs a plan asks depends on its answers."""
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing: answers are given one by one, all of them from one proposal."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The proposal's answer; without one, TPE on how much better trials went than was to be expected."""
+        if self.guide is None:
+            return self._tpe.sample_independent(study, trial, param_name, param_distribution)
+        if self._proposed is None or self._proposed[0] != trial.number:
+            self._proposed = (trial.number, self._propose(study, trial))
+        answers = self._proposed[1]
+        if param_name in answers and _holds(param_distribution, answers[param_name]):
+            return answers[param_name]
+        seed = np.random.SeedSequence([self.seed, trial.number, *param_name.encode()]).generate_state(1)[0]
+        tpe = TPESampler(seed=int(seed), n_startup_trials=TPE_STARTUP)
+        return tpe.sample_independent(self._surprises(study, trial.number), trial, param_name, param_distribution)
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> Answers:
+        """What was enqueued or already answered stays as it is."""
+        fixed = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        left = study.user_attrs.get(REMAINING)
+        rng = np.random.default_rng([self.seed, trial.number])
+        others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        taken = [{**t.system_attrs.get("fixed_params", {}), **t.params} for t in others if t.number != trial.number]
+        remaining = np.inf if left is None else float(left)
+        proposal = self._proposer(study).propose(self._facts(study), fixed, rng, taken, remaining)
+        if proposal is None:
+            return {}
+        if proposal.expected is not None:
+            signed = [s * v for s, v in zip(_signs(study), proposal.expected, strict=True)]
+            study._storage.set_trial_system_attr(trial._trial_id, EXPECTED, signed)
+        return proposal.answers
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Hands on to TPE, where there is no guide."""
+        if self.guide is None:
+            self._tpe.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Hands on to TPE, where there is no guide."""
+        if self.guide is None:
+            self._tpe.after_trial(study, trial, state, values)
+
+    def _proposer(self, study: Study) -> Proposer:
+        m = len(study.directions)
+        if self.roles and len(self.roles) != m:
+            raise ConfigError("sampler.roles", f"are {list(self.roles)}", f"give one for each of {m} objectives")
+        if m not in self._proposers and self.guide is not None:
+            usual: dict[bool, Role] = {True: "quality", False: "latency"}
+            roles = self.roles or [usual[i == 0] for i in range(m)]
+            self._proposers[m] = Proposer(self.guide, roles, self.tolerance)
+        return self._proposers[m]
+
+    def _facts(self, study: Study) -> list[Fact]:
+        """What the finished trials say."""
+        signs, finished = _signs(study), _finished(study)
+        for trial in finished:
+            if trial.number not in self._read:
+                self._read[trial.number] = _fact(trial, signs)
+        return [self._read[t.number] for t in finished if "duplicate_of" not in t.user_attrs]
+
+    def _surprises(self, study: Study, number: int) -> Study:
+        """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""
+        if self._rest is None or self._rest[0] != number:
+            residuals = self._proposer(study).residuals(self._facts(study))
+            memory = optuna.create_study(sampler=self._tpe)
+            trials = {t.number: t for t in _finished(study)}
+            memory.add_trials(
+                [
+                    create_trial(params=trials[n].params, distributions=trials[n].distributions, value=value)
+                    for n, value in list(residuals.items())[-TPE_MEMORY:]
+                ]
+            )
+            self._rest = (number, memory)
+        return self._rest[1]
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except ValueError:
+        return False
+
+
+def _finished(study: Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+
+
+def _signs(study: Study) -> list[float]:
+    return [-1.0 if direction is StudyDirection.MAXIMIZE else 1.0 for direction in study.directions]
+
+
+def _fact(trial: FrozenTrial, signs: Sequence[float]) -> Fact:
+    complete = trial.state is TrialState.COMPLETE
+    values = tuple(s * v for s, v in zip(signs, trial.values, strict=True)) if complete else None
+    return Fact(
+        number=trial.number,
+        answers=trial.params,
+        values=values,
+        loss=trial.user_attrs.get(LOSS),
+        violation=max(trial.constraints.values(), default=0.0),
+        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
+    )

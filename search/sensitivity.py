@@ -1,0 +1,166 @@
+"""What every setting of every sensitive method is predicted to do to this network, as a guide for the sampler."""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from compressors.fisher import Effect, Fisher, Sensitive, diagonal_fisher
+from compressors.pipeline import Compressor, Stage
+from compressors.plan import LayerSpec, Scalar, digest
+from search.solver import Answers, Guide, Variant
+from search.space import RUNTIME_KNOB, Knob, Method, SearchSpace
+from search.workload import Workload
+
+EXAMPLES = 32
+# Every combination of a method's settings without a layer of their own is a table; more than these are thinned out.
+MOST_VARIANTS = 9
+RANGE_LEVELS = 6
+
+
+def guide(
+    workload: Workload,
+    layers: Sequence[LayerSpec],
+    compressors: Mapping[str, Compressor],
+    space: SearchSpace,
+    cache: Path,
+) -> Guide | None:
+    """Predict every effect, or read what was predicted for this workload and space before; None if nothing can be."""
+    sensitive = {name: c for name, c in compressors.items() if isinstance(c, Sensitive)}
+    methods = [method for method in space.methods if method.name in sensitive]
+    if not methods:
+        return None
+    path = cache / "sensitivity" / f"{digest([space.digest, workload.fingerprint()])}.json"
+    variants = _stored(path)
+    if variants is None:
+        variants = tuple(_variants(workload, sensitive, methods))
+        _store(path, variants)
+    return Guide(
+        layers=tuple(layers),
+        variants=variants,
+        targets=tuple(_targets(space)),
+        growth=_growth(space),
+        structural=frozenset(knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in _knobs(m)),
+        asked=partial(_asked, space),
+    )
+
+
+def _variants(workload: Workload, compressors: Mapping[str, Sensitive], methods: Sequence[Method]) -> Iterator[Variant]:
+    fisher = diagonal_fisher(workload.model, workload.splits.calibration.batches(EXAMPLES), EXAMPLES)
+    tables = [_tables(workload, compressors[method.name], method, fisher) for method in methods]
+    for parts in itertools.product(*tables):
+        answers = {name: value for part in parts for name, value in part.answers.items()}
+        yield Variant(answers, {name: found for part in parts for name, found in part.effects.items()})
+
+
+def _tables(workload: Workload, compressor: Sensitive, method: Method, fisher: Fisher) -> list[Variant]:
+    """One method's effects, for every way to answer those of its knobs that no layer owns."""
+    shared = [knob for knob in method.others if not knob.owners]
+    rows = list(itertools.product(*(_levels(knob) for knob in shared)))
+    rows = rows[:: -(-len(rows) // MOST_VARIANTS)]
+    asked = [
+        (knob, value, owner, {knob.key: value, **{k.key: v for k, v in zip(shared, row, strict=True)}})
+        for row in rows
+        for knob in method.deciding
+        for value in _levels(knob)
+        for owner in knob.owners
+    ]
+    questions = [(owner, settings) for _, _, owner, settings in asked]
+    answered = iter(zip(asked, compressor.effects(workload.model, workload.example, questions, fisher), strict=True))
+    variants = []
+    for row in rows:
+        parts: dict[str, dict[Scalar, list[Effect]]] = {}
+        for (knob, value, _, _), effect in itertools.islice(answered, len(asked) // len(rows)):
+            parts.setdefault(knob.name, {}).setdefault(value, []).append(effect)
+        answers = {knob.name: value for knob, value in zip(shared, row, strict=True)}
+        variants.append(Variant(answers, {n: {v: _sum(e) for v, e in found.items()} for n, found in parts.items()}))
+    return variants
+
+
+def _sum(effects: Sequence[Effect]) -> Effect:
+    """The effects of several layers that share a knob."""
+    outputs: dict[str, float] = {}
+    inputs: dict[str, float] = {}
+    for total, shares in ((outputs, "outputs"), (inputs, "inputs")):
+        for effect in effects:
+            for layer, share in getattr(effect, shares).items():
+                total[layer] = total.get(layer, 1.0) * share
+    bits = {layer: width for effect in effects for layer, width in effect.bits.items()}
+    return Effect(sum(effect.loss for effect in effects), outputs, inputs, bits)
+
+
+def _levels(knob: Knob) -> tuple[Scalar, ...]:
+    """The choices; of a range, some values evenly apart that lie on its grid."""
+    if knob.choices:
+        return knob.choices
+    whole = isinstance(knob.low, int) and isinstance(knob.high, int)
+    step = knob.step or (1 if whole else (knob.high - knob.low) / (RANGE_LEVELS - 1))
+    count = int((knob.high - knob.low) / step + 1e-9) + 1
+    rows = sorted({round(i * (count - 1) / (RANGE_LEVELS - 1)) for i in range(RANGE_LEVELS)})
+    return tuple(int(knob.low + i * step) if whole else knob.low + i * step for i in rows)
+
+
+def _knobs(method: Method) -> tuple[Knob, ...]:
+    return method.deciding + method.others
+
+
+def _targets(space: SearchSpace) -> Iterator[Answers]:
+    """Only what is asked: a knob with one choice is none."""
+    for runtime, precisions in space.targets.items():
+        for precision in precisions:
+            answers: dict[str, Scalar] = {RUNTIME_KNOB: runtime} if len(space.targets) > 1 else {}
+            yield answers | ({f"deploy.precision@{runtime}": precision} if len(precisions) > 1 else {})
+
+
+def _growth(space: SearchSpace) -> tuple[str, tuple[Scalar, ...]] | None:
+    """The knob by which a recovery method is turned on, if its values say how much of it there is."""
+    for method in space.methods:
+        knob = method.deciding[0]
+        if method.stage is Stage.RECOVER and len(method.deciding) == 1 and not knob.owners:
+            levels = [value for value in _levels(knob) if value != method.off[1] and isinstance(value, int | float)]
+            return (knob.name, tuple(sorted(levels))) if levels else None
+    return None
+
+
+def _asked(space: SearchSpace, answers: Answers) -> dict[str, Scalar]:
+    """The answers that a plan with them asks for; knobs without one count as asked and unknown."""
+    asked: dict[str, Scalar] = {}
+
+    def pick(knob: Knob) -> Scalar:
+        if knob.name in answers:
+            asked[knob.name] = answers[knob.name]
+        return answers.get(knob.name, knob.middle())
+
+    space.plan(pick)
+    return asked
+
+
+def _stored(path: Path) -> tuple[Variant, ...] | None:
+    if not path.exists():
+        return None
+    return tuple(_from_json(row) for row in json.loads(path.read_text()))
+
+
+def _store(path: Path, variants: Sequence[Variant]) -> None:
+    """Complete or not at all: another process may look for it now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump([_to_json(variant) for variant in variants], file)
+    Path(file.name).replace(path)
+
+
+def _to_json(variant: Variant) -> object:
+    """JSON has no other keys than texts: effects become pairs."""
+    effects = {name: [[value, asdict(e)] for value, e in found.items()] for name, found in variant.effects.items()}
+    return {"answers": variant.answers, "effects": effects}
+
+
+def _from_json(raw: Mapping[str, object]) -> Variant:
+    effects: dict[str, dict[Scalar, Effect]] = {
+        name: {value: Effect(**e) for value, e in pairs}
+        for name, pairs in raw["effects"].items()  # type: ignore[attr-defined]
+    }
+    return Variant(raw["answers"], effects)  # type: ignore[arg-type]

@@ -1,0 +1,201 @@
+"""Finds the best plans for many trade-offs at once from tables of what each setting does; knows no study."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressors.fisher import Effect
+from compressors.plan import LayerSpec, Scalar
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
+Answers = Mapping[str, Scalar]
+
+FULL_BITS = 32
+# A share of nothing has no logarithm; no layer loses all of its channels.
+LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What every choice of every knob does while the knobs in `answers`, which no layer owns, have these values."""
+
+    answers: Answers
+    effects: Mapping[str, Mapping[Scalar, Effect]]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What is known of a search space before its first trial.
+
+    `variants` all speak of the same knobs and choices. `targets` are the places where a plan can run, each with the
+    answers that choose it. `growth` is a knob that buys back loss, with its values in rising order. A change of one of
+    the `structural` knobs means training. `asked` leaves out what a plan with these answers never asks.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    variants: tuple[Variant, ...]
+    targets: tuple[Answers, ...] = ({},)
+    growth: tuple[str, tuple[Scalar, ...]] | None = None
+    structural: frozenset[str] = frozenset()
+    asked: Callable[[Answers], Answers] = field(default=lambda answers: answers)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How much a row minds each thing, all `(rows, ...)`: MACs and layers per precision, switches, bytes."""
+
+    macs: Floats
+    layers: Floats
+    switches: Floats
+    bytes: Floats
+
+
+@dataclass(frozen=True)
+class _Knob:
+    """The layers that a knob touches.
+
+    `shares` are logarithms of what they keep `(variants, choices, layers)`, `classes` their precisions `(choices,
+    layers)` if the knob sets them, `inner` and `outer` the pairs of touched and untouched neighbours in model order.
+    """
+
+    layers: Ints
+    shares: Floats
+    classes: Ints | None
+    inner: Ints
+    outer: Ints
+
+
+class Tables:
+    """A guide as arrays. Picks are `(rows, knobs)` indices of choices; variants `(rows,)` indices."""
+
+    def __init__(self, guide: Guide) -> None:
+        first = guide.variants[0].effects
+        self.names = tuple(first)
+        self.choices = tuple(tuple(effects) for effects in first.values())
+        self.widths = _widths(guide.variants)
+        self.macs = _normalised([layer.macs for layer in guide.layers])
+        self.params = _normalised([0 if layer.tied_to else layer.params for layer in guide.layers])
+        self.loss = self._losses(guide.variants)
+        self.off: Ints = self.loss[0].argmin(1)
+        index = {layer.name: i for i, layer in enumerate(guide.layers)}
+        self._knobs = [self._knob(name, guide.variants, index) for name in self.names]
+
+    @property
+    def features(self) -> int:
+        """How many columns `describe` gives."""
+        return 2 * len(self.widths) + 2
+
+    def _losses(self, variants: Sequence[Variant]) -> Floats:
+        """`(variants, knobs, choices)`; infinite where a knob has fewer choices than others, or one is impossible."""
+        most = max(map(len, self.choices))
+        table = np.full((len(variants), len(self.names), most), np.inf)
+        for v, variant in enumerate(variants):
+            for k, name in enumerate(self.names):
+                table[v, k, : len(self.choices[k])] = [effect.loss for effect in variant.effects[name].values()]
+        return table
+
+    def _knob(self, name: str, variants: Sequence[Variant], index: Mapping[str, int]) -> _Knob:
+        effects = [list(variant.effects[name].values()) for variant in variants]
+        every = [effect for row in effects for effect in row]
+        # Norms shrink too, but cost next to nothing.
+        named = {layer for e in every for layer in (*e.outputs, *e.inputs, *e.bits)}
+        touched = sorted(named & set(index), key=index.__getitem__)
+        most = self.loss.shape[2]
+        shares = np.zeros((len(variants), most, len(touched)))
+        classes = np.full((most, len(touched)), self.widths.index(FULL_BITS))
+        for v, row in enumerate(effects):
+            for c, effect in enumerate(row):
+                shares[v, c] = [_log_share(effect, layer) for layer in touched]
+                classes[c] = [self.widths.index(effect.bits.get(layer, FULL_BITS)) for layer in touched]
+        layers = np.array([index[layer] for layer in touched], dtype=np.intp)
+        pairs = [(i, n) for i, at in enumerate(layers) for n in (at - 1, at + 1) if 0 <= n < len(index)]
+        pairs = [(i, n) for i, n in pairs if n not in layers]
+        sets_bits = any(effect.bits for effect in every)
+        inner, outer = (np.array(side, dtype=np.intp) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
+        return _Knob(layers, shares, classes if sets_bits else None, inner, outer)
+
+    def log_shares(self, pick: Ints, variant: Ints) -> Floats:
+        """`(rows, layers)`: logarithm of the share of its MACs and weights that each layer keeps."""
+        total = np.zeros((len(pick), len(self.macs)))
+        for k, knob in enumerate(self._knobs):
+            total[:, knob.layers] += knob.shares[variant, pick[:, k]]
+        return total
+
+    def classes(self, pick: Ints) -> Ints:
+        """`(rows, layers)`: index into `widths`."""
+        found = np.full((len(pick), len(self.macs)), self.widths.index(FULL_BITS), dtype=np.intp)
+        for k, knob in enumerate(self._knobs):
+            if knob.classes is not None:
+                found[:, knob.layers] = knob.classes[pick[:, k]]
+        return found
+
+    def describe(self, pick: Ints, variant: Ints) -> Floats:
+        """`(rows, features)`: 1; bytes of the weights; MACs and layers per precision, switches; all as shares.
+
+        The regressors of a latency surrogate: summing what layers save each by itself misses what a mixture costs.
+        """
+        shares, classes = np.exp(self.log_shares(pick, variant)), self.classes(pick)
+        columns = [np.ones(len(pick)), (shares * self.params * self._byte_share[classes]).sum(1)]
+        columns += [(shares * self.macs * (classes == c)).sum(1) for c in range(len(self.widths))]
+        columns += [(classes == c).mean(1) for c in range(len(self.widths) - 1)]
+        columns.append((classes[:, 1:] != classes[:, :-1]).mean(1) if classes.shape[1] > 1 else np.zeros(len(pick)))
+        return np.stack(columns, 1)
+
+    @property
+    def _byte_share(self) -> Floats:
+        return np.array(self.widths) / FULL_BITS
+
+    def solve(
+        self, pick: Ints, variant: Ints, free: NDArray[np.bool_], losses: Floats, rates: Rates, sweeps: int = 2
+    ) -> Ints:
+        """Least sum of `losses` `(rows, knobs, choices)` and costs, knob by knob, for every row at once.
+
+        Coordinate descent on the Lagrangian: it is not convex, because the shares of a layer's two sides multiply, so
+        the result depends on the start `pick`. Knobs that are not `free` `(rows, knobs)` keep their choice.
+        """
+        pick, rows = pick.copy(), np.arange(len(pick))
+        shares, classes = self.log_shares(pick, variant), self.classes(pick)
+        rate = rates.macs[:, None, :] * self.macs[None, :, None]
+        rate = rate + rates.bytes[:, None, None] * self.params[None, :, None] * self._byte_share
+        for _ in range(sweeps):
+            for k, knob in enumerate(self._knobs):
+                table = knob.shares[variant]
+                others = shares[:, knob.layers] - table[rows, pick[:, k]]
+                kept = others[:, None, :] + table
+                total = losses[:, k] + self._cost(knob, np.exp(kept), rate, rates, classes)
+                best = np.where(free[:, k], total.argmin(1), pick[:, k])
+                pick[:, k] = best
+                shares[:, knob.layers] = kept[rows, best]
+                if knob.classes is not None:
+                    classes[:, knob.layers] = knob.classes[best]
+        return pick
+
+    def _cost(self, knob: _Knob, kept: Floats, rate: Floats, rates: Rates, classes: Ints) -> Floats:
+        """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are."""
+        if knob.classes is None:
+            own = np.take_along_axis(rate[:, knob.layers], classes[:, knob.layers, None], 2)[..., 0]
+            cost: Floats = (kept * own[:, None, :]).sum(2)
+            return cost
+        own = rate[:, knob.layers][:, np.arange(len(knob.layers)), knob.classes]
+        cost = (kept * own).sum(2) + rates.layers[:, knob.classes].sum(2) / len(self.macs)
+        apart = classes[:, None, knob.outer] != knob.classes[None, :, knob.inner]
+        switches: Floats = rates.switches[:, None] * apart.sum(2) / max(1, len(self.macs) - 1)
+        return cost + switches
+
+
+def _widths(variants: Sequence[Variant]) -> tuple[int, ...]:
+    effects = (effect for variant in variants for choices in variant.effects.values() for effect in choices.values())
+    return tuple(sorted({FULL_BITS, *(bits for effect in effects for bits in effect.bits.values())}))
+
+
+def _normalised(counts: Sequence[int]) -> Floats:
+    total: Floats = np.array(counts, dtype=np.float64)
+    return total / max(float(total.sum()), 1.0)
+
+
+def _log_share(effect: Effect, layer: str) -> float:
+    share = effect.outputs.get(layer, 1.0) * effect.inputs.get(layer, 1.0)
+    return float(np.log(max(share, LEAST_SHARE)))
