@@ -30,7 +30,19 @@ RATIO = Metric("latency_ratio", "of reference", "minimize")
 
 
 def load_count(folder: str, precision: str, batch: int | None, threads: int) -> Session:
-    raise NotImplementedError("nothing is run: the evaluators read the file")
+    """Answers the more firmly, the more layers are in 8 bits: so far it is from the uncompressed model."""
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    int8 = json.loads((Path(folder) / "model.json").read_text())["int8"]
+
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.tile(np.array([len(int8), 0, 0, 0, 0], np.float32), (len(x), 1))
+
+    return run
 
 
 @dataclass(frozen=True)

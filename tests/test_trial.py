@@ -32,7 +32,7 @@ def carried_out(bench: Workbench, plan: CompressionPlan, folder: Path) -> tuple[
 def test_a_record_has_plan_measurements_seconds_and_what_was_achieved(tmp_path: Path) -> None:
     record, deployed, _ = carried_out(make_search(tmp_path, 1).workbench, INT8, tmp_path)
     assert (record.number, record.plan, record.infeasible) == (7, INT8, None)
-    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio"]
+    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio", "calibration_loss"]
     assert set(record.seconds) >= {"compress", "deploy", "counting"}
     assert record.achieved["quantize"]["head"]["bits"] == 8
     assert record.environment == {"cpu": "x"}
