@@ -77,11 +77,8 @@ def front_table(
         style = "bold" if record.number == choice.record.number else "" if record.number in on_front else "dim"
         table.add_row(*_cells(record, choice, view), style=style)
     stopped = sum(r.stopped is not None for r in records)
-    table.caption = (
-        f"{stopped} more of {len(records)} trials were stopped early: no longer in reach of the front"
-        if stopped
-        else None
-    )
+    if stopped:
+        table.caption = f"{stopped} of {len(records)} trials were stopped early, out of reach of the front"
     return table
 
 

@@ -247,7 +247,7 @@ class Workbench:
             for name, evaluator in gradual.items():
                 with clock.timed(name):
                     previews |= {m.name: m for m in evaluator.preview(deployed, reference, examples, share)}
-            yield Look(f"preview {share:.0%}", final, previews, share)
+            yield Look(f"preview {100 * share:g} %", final, previews, share)
         for name, evaluator in self.evaluators.items():
             if name not in whole:
                 measure(name, evaluator, examples)

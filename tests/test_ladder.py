@@ -94,7 +94,7 @@ class Candidate:
                 "accuracy": proportion(ACCURACY, int(hits.sum()), len(hits), "validation"),
                 "latency_ratio": Measurement(RATIO, value, (low, high), 6),
             }
-            yield Look(f"preview {share:.0%}", final, previews, share)
+            yield Look(f"preview {100 * share:g} %", final, previews, share)
 
 
 def candidates(rng: np.random.Generator, count: int) -> Iterator[Candidate]:
