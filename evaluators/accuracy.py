@@ -26,9 +26,15 @@ class Accuracy:
         """Needs labels; outputs are `(n, classes)`. Raises `Infeasible` when an output is not finite."""
         if examples.targets is None:
             raise Infeasible(f"accuracy needs labels and the {examples.split} split has none")
-        outputs = finite(deployed.run(*examples.inputs))
+        outputs = finite(examples.outputs(deployed))
         hits = int((outputs.argmax(axis=1) == examples.targets).sum())
         return (proportion(self.metrics()[0], hits, len(examples), examples.split),)
+
+    def preview(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
+    ) -> Sequence[Measurement]:
+        """The measurement on a part of the examples, whose band is as much wider."""
+        return self.measure(deployed, reference, examples.part(share))
 
     def close(self) -> None:
         """Holds nothing."""

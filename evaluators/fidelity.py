@@ -32,11 +32,17 @@ class Fidelity:
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
         """Compare with `examples.original`, what the uncompressed torch model answers."""
-        outputs, original = finite(deployed.run(*examples.inputs)), examples.original
+        outputs, original = finite(examples.outputs(deployed)), examples.original
         if self.kind == "agreement":
             hits = int((outputs.argmax(axis=1) == original.argmax(axis=1)).sum())
             return (proportion(self.metrics()[0], hits, len(examples), examples.split),)
         return (_mean(self.metrics()[0], _cosines(outputs, original), examples.split),)
+
+    def preview(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
+    ) -> Sequence[Measurement]:
+        """The measurement on a part of the examples, whose band is as much wider."""
+        return self.measure(deployed, reference, examples.part(share))
 
     def close(self) -> None:
         """Holds nothing."""

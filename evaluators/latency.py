@@ -17,7 +17,7 @@ from compressors.plan import Scalar
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
 from evaluators.runtime import Deployed
-from evaluators.stopwatch import Reading, Stopwatch, Timing
+from evaluators.stopwatch import Reading, Sessions, Stopwatch, Timing
 
 RATIO = Metric("latency_ratio", "of reference", "minimize")
 MILLISECONDS = Metric("latency_ms", "ms", "minimize")
@@ -32,6 +32,7 @@ class Latency:
     is thrown away when the reference strays more than `drift` from its calibrated time, at most `retries` times.
     `floor` is the least half-width of a band: a ratio was seen to move so far from one process to another.
     `core` -1 is the last core of this process. One reading runs at a time on a host, whatever the number of searches.
+    Sessions of a preview count towards the full measurement of the same file, which times only those still missing.
     """
 
     batch: int = 1
@@ -47,6 +48,7 @@ class Latency:
     retries: int = 6
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _kept: "_Kept | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses counts that would time nothing; a band needs two sessions."""
@@ -64,28 +66,51 @@ class Latency:
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
         """Time the first `batch` examples; raises `Infeasible` when the machine does not hold still."""
-        inputs = tuple(np.resize(x[: self.batch], (self.batch, *x.shape[1:])) for x in examples.inputs)
-        timing = Timing(self.batch, self.threads, self.sessions, self.rounds, self.warmup, self.calls, self.seconds)
-        reading = self._steady(deployed, reference, inputs, timing)
-        conditions: dict[str, Scalar] = {
-            "batch": self.batch,
-            "threads": self.threads,
-            "reference": f"{reference.runtime.name} {reference.precision}",
-            "reference_ms": round(reading.reference_ms, 6),
-            "sessions": len(reading.ratios),
-        }
-        low, value, high = band(reading.ratios, self.floor)
-        n = sum(map(len, reading.ratios))
-        return (
-            Measurement(RATIO, value, (low, high), n, conditions),
-            Measurement(MILLISECONDS, *_in_ms(reading, low, value, high), n, conditions),
-        )
+        reading = self._read(deployed, reference, examples, self.sessions)
+        self._kept = None
+        return self._measurements(reading, reference, band(reading.ratios, self.floor))
+
+    def preview(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
+    ) -> Sequence[Measurement]:
+        """`share` of the sessions, at least one; they are too few to say how far they differ, see `early_band`."""
+        reading = self._read(deployed, reference, examples, math.ceil(share * self.sessions))
+        self._kept = _Kept(deployed, reference, reading)
+        return self._measurements(reading, reference, early_band(reading.ratios, self.floor))
 
     def close(self) -> None:
         """End the timing process."""
         if self._stopwatch is not None:
             self._stopwatch.close()
             self._stopwatch = None
+
+    def _read(self, deployed: Deployed, reference: Deployed, examples: Examples, sessions: int) -> Reading:
+        """So many sessions, of which those kept from a preview of the same file are not timed again."""
+        kept = self._kept.sessions_of(deployed, reference) if self._kept else ()
+        missing = sessions - len(kept)
+        if missing <= 0:
+            return Reading(kept)
+        inputs = tuple(np.resize(x[: self.batch], (self.batch, *x.shape[1:])) for x in examples.inputs)
+        seconds = self.seconds * missing / self.sessions
+        timing = Timing(self.batch, self.threads, missing, self.rounds, self.warmup, self.calls, seconds)
+        return Reading(kept + self._steady(deployed, reference, inputs, timing).sessions)
+
+    def _measurements(
+        self, reading: Reading, reference: Deployed, ends: tuple[float, float, float]
+    ) -> Sequence[Measurement]:
+        conditions: dict[str, Scalar] = {
+            "batch": self.batch,
+            "threads": self.threads,
+            "reference": f"{reference.runtime.name} {reference.precision}",
+            "reference_ms": round(reading.reference_ms, 6),
+            "sessions": len(reading.sessions),
+        }
+        low, value, high = ends
+        n = sum(map(len, reading.sessions))
+        return (
+            Measurement(RATIO, value, (low, high), n, conditions),
+            Measurement(MILLISECONDS, *_in_ms(reading, low, value, high), n, conditions),
+        )
 
     def _steady(
         self, deployed: Deployed, reference: Deployed, inputs: tuple[np.ndarray, ...], timing: Timing
@@ -114,6 +139,19 @@ class Latency:
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a preview read of one file."""
+
+    deployed: Deployed
+    reference: Deployed
+    reading: Reading
+
+    def sessions_of(self, deployed: Deployed, reference: Deployed) -> Sessions:
+        same = deployed is self.deployed and reference is self.reference
+        return self.reading.sessions if same else ()
+
+
 def band(sessions: Sequence[Sequence[float]], floor: float = 0.0) -> tuple[float, float, float]:
     """The median over all rounds with a 95 % band: what one more session would read.
 
@@ -128,6 +166,21 @@ def band(sessions: Sequence[Sequence[float]], floor: float = 0.0) -> tuple[float
     if len(logs) > 1:
         t = _T95[min(len(logs) - 1, len(_T95)) - 1]
         half = max(half, t * statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs)))
+    return value * math.exp(-half), value, value * math.exp(half)
+
+
+def early_band(sessions: Sequence[Sequence[float]], floor: float) -> tuple[float, float, float]:
+    """The median over all rounds of one session or a few, with a 95 % band for what all sessions will say.
+
+    One session tells nothing of how far sessions differ, and two next to nothing (a t interval would be 13 deviations
+    wide), so the spread is taken from what was seen before: `floor` stands for less than two deviations between
+    processes, and for one session the half-width is 2.5 times that, over the root of their number for more. It is never
+    less than what the sessions at hand differ by.
+    """
+    rounds = sorted(ratio for session in sessions for ratio in session)
+    value = statistics.median(rounds)
+    logs = [math.log(statistics.median(session)) for session in sessions]
+    half = max(2.5 * floor / math.sqrt(len(logs)), max(logs) - min(logs), _order_statistic_half_width(rounds, value))
     return value * math.exp(-half), value, value * math.exp(half)
 
 

@@ -33,12 +33,18 @@ class Score:
         """Needs labels."""
         if examples.targets is None:
             raise Infeasible(f"the metric needs labels and the {examples.split} split has none")
-        outputs, targets, n = finite(deployed.run(*examples.inputs)), examples.targets, len(examples)
+        outputs, targets, n = finite(examples.outputs(deployed)), examples.targets, len(examples)
         value = float(self.function(outputs, targets))
         rows = np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n))
         low, high = _percentiles([float(self.function(outputs[r], targets[r])) for r in rows])
         interval = (min(low, value), max(high, value))
         return (Measurement(self.metrics()[0], value, interval, n, {"split": examples.split}),)
+
+    def preview(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
+    ) -> Sequence[Measurement]:
+        """The measurement on a part of the examples, whose band is as much wider."""
+        return self.measure(deployed, reference, examples.part(share))
 
     def close(self) -> None:
         """Holds nothing."""

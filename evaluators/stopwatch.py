@@ -25,6 +25,8 @@ from compressors.errors import Infeasible
 from evaluators.runtime import Array, Deployed, Session
 
 PATIENCE_S = 300
+Sessions = tuple[tuple[tuple[float, float], ...], ...]
+"""`[session][round]`: seconds per call of `(reference, candidate)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,24 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`ratios[session][round]` of candidate to reference, and the median milliseconds of each."""
+    """What was timed, round by round."""
 
-    ratios: tuple[tuple[float, ...], ...]
-    reference_ms: float
-    candidate_ms: float
+    sessions: Sessions
+
+    @property
+    def ratios(self) -> tuple[tuple[float, ...], ...]:
+        """`ratios[session][round]` of candidate to reference."""
+        return tuple(tuple(candidate / reference for reference, candidate in session) for session in self.sessions)
+
+    @property
+    def reference_ms(self) -> float:
+        """The median over all rounds."""
+        return 1e3 * statistics.median(reference for session in self.sessions for reference, _ in session)
+
+    @property
+    def candidate_ms(self) -> float:
+        """The median over all rounds."""
+        return 1e3 * statistics.median(candidate for session in self.sessions for _, candidate in session)
 
 
 class Stopwatch:
@@ -69,12 +84,7 @@ class Stopwatch:
                     "timing": asdict(timing),
                 }
             )
-        rounds = [pair for session in answer["sessions"] for pair in session]
-        return Reading(
-            ratios=tuple(tuple(c / r for r, c in session) for session in answer["sessions"]),
-            reference_ms=1e3 * statistics.median(r for r, _ in rounds),
-            candidate_ms=1e3 * statistics.median(c for _, c in rounds),
-        )
+        return Reading(tuple(tuple((r, c) for r, c in session) for session in answer["sessions"]))
 
     def close(self) -> None:
         """End the process, if there is one."""

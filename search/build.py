@@ -28,6 +28,7 @@ from evaluators.runtime import Runtime
 from evaluators.score import Score
 from search.cache import WeightStore
 from search.conclude import Selection
+from search.ladder import Ladder
 from search.models import check_model, load_checkpoint
 from search.proposals import Role
 from search.sampler import GuidedSampler
@@ -52,6 +53,9 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
     "bounds": ((dict,), "give a limit with bounds.METRIC=NUMBER"),
+    "ladder.enabled": ((bool,), "give true or false"),
+    "ladder.error": ((float, int), "give a rate such as 0.05"),
+    "ladder.shares": ((list,), "give a growing list such as [0.25,0.5]"),
     "compressor": ((dict,), "choose at least one with compressor=[...]"),
     "runtime": ((dict,), "choose at least one with runtime=[...]"),
     "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
@@ -86,6 +90,7 @@ def build(
     _sampler(config, None, ())  # a wrong argument shows before any work
     for name in rule.needs():
         _known(f"rule: {name}", name, _metrics(evaluators))
+    ladder = _ladder(config, objectives, bounds, rule.speed)
     compressors: dict[str, Compressor] = {}
     spaces: dict[str, Mapping[str, Any]] = {}
     for name, node in config.compressor.items():
@@ -126,6 +131,7 @@ def build(
         quality=str(config.quality),
         seed=config.seed,
         sparing=known is not None,
+        ladder=ladder,
     )
 
 
@@ -191,7 +197,7 @@ def open_tracker(config: DictConfig) -> Tracker:
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
     stored = cast(DictConfig, OmegaConf.create(text))
-    for name in ("folder", "cache", "storage", "tracking"):
+    for name in ("folder", "cache", "storage", "tracking", "ladder"):
         stored[name] = config[name]
     return stored
 
@@ -267,6 +273,14 @@ def _bounds(config: DictConfig) -> tuple[Bound, ...]:
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
             raise ConfigError(f"bounds.{name}", f"is {limit!r}", "give a number or null")
     return tuple(Bound(name, float(limit)) for name, limit in limits.items())
+
+
+def _ladder(config: DictConfig, objectives: Sequence[Metric], bounds: Sequence[Bound], speed: str) -> Ladder | None:
+    """None where it is off; what is wrong is said all the same."""
+    shares = tuple(_plain(config.ladder.shares))
+    names = tuple(metric.name for metric in objectives)
+    ladder = Ladder(names, str(config.quality), speed, tuple(bounds), shares, config.ladder.error)
+    return ladder if config.ladder.enabled else None
 
 
 def _known(path: str, name: str, known: Mapping[str, Metric]) -> None:

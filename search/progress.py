@@ -89,6 +89,8 @@ class ProgressView:
 def _outcome(record: TrialRecord, quality: str) -> str:
     if record.infeasible is not None:
         return f"trial {record.number}: infeasible, {record.infeasible}"
+    if record.stopped is not None:
+        return f"trial {record.number}: stopped at {record.stopped.rung}, {record.stopped.reason}"
     ratio = _find(record, "latency_ratio")
     speed = f", {1 / ratio.value:.2f}x" if ratio else ""
     return f"trial {record.number}: {quality} {_short(record.value(quality))}{speed}"

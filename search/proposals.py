@@ -37,14 +37,15 @@ LATENCY_NOISE, SIZE_NOISE = 0.04, 0.005
 
 @dataclass(frozen=True)
 class Fact:
-    """What one finished trial says. `values` are to be minimized, None where it was stopped or failed.
+    """What one finished trial says. `values` are to be minimized, NaN where unknown; `complete` ones can be on a front.
 
     `loss` is in the currency of the guide's effects; `violation` is above 0 where a constraint is broken.
     """
 
     number: int
     answers: Answers
-    values: tuple[float, ...] | None
+    values: tuple[float, ...]
+    complete: bool = True
     loss: float | None = None
     violation: float = 0.0
     seconds: float = 0.0
@@ -359,8 +360,8 @@ class _State:
         self.targets: Ints = np.array([p.target for p in self.parsed], dtype=np.intp)
         self.growths: Ints = np.array([p.growth for p in self.parsed], dtype=np.intp)
         m = len(proposer.roles)
-        self.values = np.array([f.values or (np.nan,) * m for f in self.facts], dtype=np.float64).reshape(-1, m)
-        self.done = np.isfinite(self.values).all(1)
+        self.values: Floats = np.array([f.values for f in self.facts], dtype=np.float64).reshape(-1, m)
+        self.done: NDArray[np.bool_] = np.array([f.complete for f in self.facts], dtype=bool)
         self.allowed = self.done & np.array([f.violation <= 0 for f in self.facts], dtype=bool)
         self.known = bool(self.done.any())
 
@@ -520,8 +521,9 @@ class _State:
         return drawn
 
     def _surrogate(self, j: int, target: int, role: Role) -> Linear:
-        mine = np.flatnonzero(self.done & (self.targets == target))[-MEMORY:]
-        elsewhere = self.values[self.done, j]
+        known = np.isfinite(self.values[:, j])
+        mine = np.flatnonzero(known & (self.targets == target))[-MEMORY:]
+        elsewhere = self.values[known, j]
         scale = float(elsewhere[0]) if len(elsewhere) else 1.0
         widths = len(self.tables.widths)
         mean, spread = np.zeros(self.tables.features), np.full(self.tables.features, 1e-6)

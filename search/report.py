@@ -66,7 +66,7 @@ def front_table(
     view: View = View(),
 ) -> Table:
     """Front, baselines and champion, fastest first."""
-    table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left")
+    table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left", caption_justify="left")
     for heading in ("trial", "what was done", view.quality, "latency ratio", "speed-up", "ms", "size"):
         table.add_column(
             heading, justify="left" if heading == "what was done" else "right", no_wrap=heading != "what was done"
@@ -76,6 +76,9 @@ def front_table(
     for record in sorted(rows.values(), key=lambda r: r.value(view.speed).value):
         style = "bold" if record.number == choice.record.number else "" if record.number in on_front else "dim"
         table.add_row(*_cells(record, choice, view), style=style)
+    stopped = sum(r.stopped is not None for r in records)
+    if stopped:
+        table.caption = f"{stopped} of {len(records)} trials were stopped early, out of reach of the front"
     return table
 
 
@@ -182,7 +185,7 @@ NAMED = ("baseline", "champion")
 
 
 def _dots(records: Iterable[TrialRecord], front: Iterable[TrialRecord], choice: Choice, view: View) -> list[_Dot]:
-    measured = [r for r in records if r.infeasible is None]
+    measured = [r for r in records if r.measured]
     on_front = {r.number for r in front}
     sizes = {r.number: m.value for r in measured if (m := _optional(r, view.size))}
     largest = max(sizes.values(), default=1.0)

@@ -1,5 +1,6 @@
 """The guided sampler for Optuna: a solver proposes what it knows the price of, TPE samples the rest."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from search.solver import Answers, Guide
 
 LOSS = "loss"
 """User attribute of a trial: the measured rise of the loss, in the currency of the guide."""
+PREVIEW = "preview"
+"""User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
 REMAINING = "remaining_s"
 """User attribute of a study: seconds left; proposals that take longer stand back."""
 EXPECTED = "guided:expected"
@@ -125,9 +128,10 @@ class GuidedSampler(BaseSampler):
     def _facts(self, study: Study) -> list[Fact]:
         """What the finished trials say."""
         signs, finished = _signs(study), _finished(study)
+        names = study.metric_names or [""] * len(signs)
         for trial in finished:
             if trial.number not in self._read:
-                self._read[trial.number] = _fact(trial, signs)
+                self._read[trial.number] = _fact(trial, signs, names)
         return [self._read[t.number] for t in finished if "duplicate_of" not in t.user_attrs]
 
     def _surprises(self, study: Study, number: int) -> Study:
@@ -161,13 +165,16 @@ def _signs(study: Study) -> list[float]:
     return [-1.0 if direction is StudyDirection.MAXIMIZE else 1.0 for direction in study.directions]
 
 
-def _fact(trial: FrozenTrial, signs: Sequence[float]) -> Fact:
+def _fact(trial: FrozenTrial, signs: Sequence[float], names: Sequence[str]) -> Fact:
+    """A stopped trial tells what was known of it by then."""
     complete = trial.state is TrialState.COMPLETE
-    values = tuple(s * v for s, v in zip(signs, trial.values, strict=True)) if complete else None
+    preview = trial.user_attrs.get(PREVIEW, {})
+    values = trial.values if complete else [preview.get(name, math.nan) for name in names]
     return Fact(
         number=trial.number,
         answers=trial.params,
-        values=values,
+        values=tuple(s * v for s, v in zip(signs, values, strict=True)),
+        complete=complete,
         loss=trial.user_attrs.get(LOSS),
         violation=max(trial.constraints.values(), default=0.0),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,

@@ -28,9 +28,12 @@ class Bound:
 
     def violation(self, record: TrialRecord) -> float:
         """How far beyond the limit, in the metric's unit; at most 0 where it is kept."""
-        measurement = record.value(self.metric)
-        beyond = measurement.value - self.limit
-        return beyond if measurement.metric.direction == "minimize" else -beyond
+        return self.beyond(record.value(self.metric))
+
+    def beyond(self, measurement: Measurement) -> float:
+        """The same for a measurement of the metric."""
+        excess = measurement.value - self.limit
+        return excess if measurement.metric.direction == "minimize" else -excess
 
 
 class Rule(Protocol):
@@ -158,15 +161,30 @@ def shown(measurement: Measurement) -> str:
 
 def baselines(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """The uncompressed model wherever it was measured, in the order of the trials."""
-    measured = (r for r in records if not r.plan.steps and r.infeasible is None)
+    measured = (r for r in records if not r.plan.steps and r.measured)
     return sorted(measured, key=lambda r: r.number)
+
+
+def within(records: Iterable[TrialRecord], bounds: Sequence[Bound]) -> list[TrialRecord]:
+    """The measured records that keep every bound."""
+    return [r for r in records if r.measured and all(b.violation(r) <= 0 for b in bounds)]
+
+
+def useful(records: Sequence[TrialRecord], speed: str) -> list[TrialRecord]:
+    """The measured records that are not clearly slower than their own input.
+
+    Their own input is the uncompressed model in the same runtime, at that runtime's fastest precision; uncompressed
+    models always stay.
+    """
+    inputs = baselines(records)
+    return [r for r in records if r.measured and not (r.plan.steps and inputs and _slower(r, inputs, speed))]
 
 
 def front_of(
     records: Iterable[TrialRecord], objectives: Sequence[str], bounds: Sequence[Bound] = ()
 ) -> list[TrialRecord]:
     """The measured records within all bounds that no other such one dominates."""
-    kept = [r for r in records if r.infeasible is None and all(b.violation(r) <= 0 for b in bounds)]
+    kept = within(records, bounds)
     return [kept[i] for i in front([r.values(objectives) for r in kept])]
 
 
@@ -175,27 +193,26 @@ def choose(
 ) -> Choice:
     """Apply the rule to the front of what is not clearly slower than its own input.
 
-    Its own input is the uncompressed model in the same runtime, at that runtime's fastest precision; uncompressed
-    models may be chosen themselves. The slow go before the front is drawn: one that is small but slow must not push
-    the model it came from off it. Where nothing is within the bounds, they are left aside. Raises `ConfigError` when
-    nothing was measured or a metric is missing.
+    Uncompressed models may be chosen themselves. The slow go before the front is drawn: one that is small but slow must
+    not push the model it came from off it. Where nothing is within the bounds, they are left aside. Raises
+    `ConfigError` when nothing was measured or a metric is missing.
     """
     measured = _measured(records, [*objectives, *rule.needs(), *(bound.metric for bound in bounds)])
     inputs = baselines(measured)
     original = next((r for r in inputs if r.plan.target.precision == "fp32"), next(iter(inputs), None))
     if original is None:
         raise ConfigError("study", "holds no measured uncompressed model", "run its first trials to the end")
-    useful = [r for r in measured if not r.plan.steps or not _slower(r, inputs, rule.speed)]
-    within = front_of(useful, objectives, bounds)
-    if within:
-        return rule.pick(within, original)
-    choice = rule.pick(front_of(useful, objectives), original)
+    quick = useful(measured, rule.speed)
+    kept = front_of(quick, objectives, bounds)
+    if kept:
+        return rule.pick(kept, original)
+    choice = rule.pick(front_of(quick, objectives), original)
     limits = ", ".join(f"{bound.metric} {bound.limit:g}" for bound in bounds)
     return replace(choice, met=False, reason=f"nothing is within the bounds ({limits}); without them, {choice.reason}")
 
 
 def _measured(records: Iterable[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    measured = [r for r in records if r.infeasible is None]
+    measured = [r for r in records if r.measured]
     if not measured:
         raise ConfigError("study", "has no measured trial", "give it a larger budget and run it again")
     for record in measured:

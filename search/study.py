@@ -21,9 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
+from evaluators.divergence import LOSS
 from evaluators.measurement import Metric
+from search.ladder import Ladder
 from search.liveness import is_gone, this_process
-from search.sampler import REMAINING
+from search.sampler import LOSS as TOLD_LOSS
+from search.sampler import PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
 from search.tracking import StudyRun, Tracker, refuse_another
@@ -33,6 +36,8 @@ HEARTBEAT_S = 20
 RETRIES = 2
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
 DUPLICATES_IN_A_ROW = 100
+# User attributes that hold for the plan, whichever trial it was measured in.
+TOLD = {TOLD_LOSS, PREVIEW, "infeasible", "stopped"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Search:
     quality: str
     seed: int = 0
     sparing: bool = False
+    ladder: Ladder | None = None
 
     @property
     def reference(self) -> Target:
@@ -213,11 +219,12 @@ class _Loop:
     def _carry_out(self, trial: Trial, plan: CompressionPlan) -> TrialRecord | None:
         """Run the plan with its tracker run open; the one place where any failure of a candidate is caught."""
         tracker, clock = self.search.tracker, Clock(watch=self._show)
+        judge = self.search.ladder.judge(plan, self.records) if self.search.ladder else None
         run_id = tracker.start_trial(self.run, trial.number, plan)
         with tempfile.TemporaryDirectory() as folder, _heartbeat(self.study, trial.number):
             try:
                 record, deployed = self.search.workbench.run(
-                    trial.number, plan, self.reference, self.examples, Path(folder), clock
+                    trial.number, plan, self.reference, self.examples, Path(folder), clock, judge
                 )
                 tracker.finish_trial(run_id, record, deployed)
             except KeyboardInterrupt:
@@ -241,8 +248,9 @@ class _Loop:
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""
         self.records = [*(r for r in self.records if r.number != record.number), record]
-        if record.infeasible is not None:
-            trial.set_user_attr("infeasible", record.infeasible)
+        for name, told in _told(record, [metric.name for metric in self.search.objectives]).items():
+            trial.set_user_attr(name, told)
+        if not record.measured:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             for bound in self.search.bounds:
@@ -255,6 +263,8 @@ class _Loop:
         """The same plan gets the same answer, without any work."""
         self.duplicates += 1
         trial.set_user_attr("duplicate_of", twin.number)
+        for name in TOLD & set(twin.user_attrs):
+            trial.set_user_attr(name, twin.user_attrs[name])
         for name, violation in twin.constraints.items():
             trial.set_constraint(name, violation)
         if twin.state is TrialState.COMPLETE:
@@ -298,6 +308,20 @@ class _Loop:
         self.search.tracker.progress(
             self.run, len(self.records), {"trials": len(self.records), "front": len(on_front), **best}
         )
+
+
+def _told(record: TrialRecord, objectives: Sequence[str]) -> dict[str, object]:
+    """What a sampler may learn beside values: the proxy's loss, and how far a trial without values came."""
+    known = {m.name: m.value for m in record.measurements}
+    told: dict[str, object] = {}
+    if LOSS.name in known:
+        told[TOLD_LOSS] = known[LOSS.name]
+    if record.infeasible is not None:
+        told["infeasible"] = record.infeasible
+    if record.stopped is not None:
+        told["stopped"] = {"rung": record.stopped.rung, "reason": record.stopped.reason}
+        told[PREVIEW] = {name: known[name] for name in objectives if name in known}
+    return told
 
 
 def _open_study(search: Search) -> optuna.Study:

@@ -31,7 +31,7 @@ from evaluators.measurement import Measurement, Metric
 from evaluators.runtime import Deployed, Runtime, TensorSpec
 from search.liveness import this_process
 from search.select import shown
-from search.trial import TrialRecord
+from search.trial import Stop, TrialRecord
 
 # Read by mlflow as it is imported: it would report its use to its makers and print a link after every run.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -261,11 +261,13 @@ class Tracker:
         return run_id
 
     def finish_trial(self, run_id: str, record: TrialRecord, deployed: Deployed | None) -> None:
-        """Record what came out, infeasible or measured, with the deployed files, and end the run."""
+        """Record what came out, with the deployed files unless it was stopped early, and end the run."""
         tags = {}
+        if record.stopped is not None:
+            tags["compareto.stopped"] = f"{record.stopped.rung}: {record.stopped.reason}"[:TAG_LENGTH]
         if record.infeasible is not None:
             tags["compareto.infeasible"] = record.infeasible[:TAG_LENGTH]
-        if deployed is not None:
+        if deployed is not None and record.stopped is None:
             self._client.log_artifacts(run_id, str(deployed.folder), MODEL_FOLDER)
             record = replace(record, artifact_uri=f"runs:/{run_id}/{MODEL_FOLDER}")
             counts = Counter(record.kernels.values()).most_common()
@@ -296,12 +298,12 @@ class Tracker:
         ]
 
     def find(self, study: StudyRun, digest: str) -> TrialRecord | None:
-        """The finished trial of that plan, infeasible ones included."""
+        """The finished trial of that plan, infeasible and stopped ones included."""
         runs = self._children(study, "FINISHED", f" and tags.`compareto.digest` = '{digest}'")
         return next(map(self._read, runs), None)
 
     def records(self, study: StudyRun) -> list[TrialRecord]:
-        """Every finished trial, infeasible ones included, by number."""
+        """Every finished trial, infeasible and stopped ones included, by number."""
         return sorted(map(self._read, self._children(study, "FINISHED")), key=lambda record: record.number)
 
     def trial(self, study: StudyRun, number: int) -> TrialRecord:
@@ -455,10 +457,12 @@ def record_to_json(record: TrialRecord) -> str:
 
 
 def record_from_json(text: str) -> TrialRecord:
-    """The inverse of `record_to_json`."""
+    """The inverse of `record_to_json`; takes records from before candidates could be stopped, too."""
     raw = json.loads(text)
     raw["plan"] = CompressionPlan.from_json(json.dumps(raw["plan"]))
     raw["measurements"] = tuple(map(measurement_from, raw["measurements"]))
+    if raw.get("stopped"):
+        raw["stopped"] = Stop(**{**raw["stopped"], "interval": tuple(raw["stopped"]["interval"])})
     return TrialRecord(**raw)
 
 
@@ -528,7 +532,8 @@ def _tags(tags: Mapping[str, str]) -> list[Any]:
 def _run_id(record: TrialRecord) -> str:
     """From `runs:/ID/model`."""
     if record.artifact_uri is None:
-        why = record.infeasible or "they were not recorded"
+        stopped = record.stopped and f"stopped early: {record.stopped.reason}"
+        why = record.infeasible or stopped or "they were not recorded"
         raise ConfigError("trial", f"{record.number} has no deployed files ({why})", "choose a trial with measurements")
     return record.artifact_uri.split("/")[1]
 

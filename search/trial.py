@@ -5,23 +5,40 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from compressors.errors import Infeasible
 from compressors.pipeline import Artifact, Batch, Compressor, Context, PrefixStore, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Target
-from evaluators.evaluation import Evaluator, Examples
+from evaluators.divergence import Divergence
+from evaluators.evaluation import Evaluator, Examples, Gradual
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a candidate was given up before everything was measured: `metric`, on this `rung`, was within `interval`.
+
+    The interval holds with the confidence that the ladder's stated error asks for, not with 95 %.
+    """
+
+    rung: str
+    metric: str
+    interval: tuple[float, float]
+    reason: str
 
 
 @dataclass(frozen=True)
 class TrialRecord:
     """What is known of one trial after it ended: measurements, or the reason why there are none.
 
+    A `stopped` one has measurements of what was known by then, some of them from a part of the examples or sessions.
     `achieved` is method -> layer -> what was really done; `kernels` is operation -> the kernel that the runtime chose
     for it, where it tells. `artifact_uri` is where the deployed files lie, filled in by
     the tracker. Whether it is on the front is computed, never stored.
@@ -36,6 +53,12 @@ class TrialRecord:
     environment: Mapping[str, Scalar]
     kernels: Mapping[str, str] = field(default_factory=dict)
     artifact_uri: str | None = None
+    stopped: Stop | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether every evaluator had its full say; only such a trial can be on a front, a baseline or a champion."""
+        return self.infeasible is None and self.stopped is None
 
     def value(self, metric: str) -> Measurement:
         """The measurement of that name; KeyError when it was not measured."""
@@ -70,6 +93,36 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What is known of a candidate at one rung: measured for good, and previewed with `share` of the work."""
+
+    rung: str
+    final: Mapping[str, Measurement]
+    previews: Mapping[str, Measurement] = field(default_factory=dict)
+    share: float = 0.0
+
+    @property
+    def known(self) -> tuple[Measurement, ...]:
+        """One measurement per metric, the better one where there are two."""
+        return tuple({**self.previews, **self.final}.values())
+
+
+class Judge(Protocol):
+    """Decides after every rung whether a candidate is worth more work."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The metrics that decide."""
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """How much of its work an evaluator does at each preview, growing."""
+
+    def verdict(self, look: Look) -> Stop | None:
+        """Why to stop here, or None to go on."""
+
+
+@dataclass(frozen=True)
 class Workbench:
     """What every trial of a study has in common."""
 
@@ -83,26 +136,45 @@ class Workbench:
     batch: int = 64
 
     def run(
-        self, number: int, plan: CompressionPlan, reference: Deployed, examples: Examples, folder: Path, clock: Clock
+        self,
+        number: int,
+        plan: CompressionPlan,
+        reference: Deployed,
+        examples: Examples,
+        folder: Path,
+        clock: Clock,
+        judge: Judge | None = None,
     ) -> tuple[TrialRecord, Deployed | None]:
         """Carry out one plan and leave its deployed files in `folder`; an infeasible one becomes a record too.
 
-        Only what is of the moment and not of the plan, such as a machine too busy to time anything, is raised.
+        A `judge` may stop it early. Only what is of the moment and not of the plan, such as a machine too busy to time
+        anything, is raised.
         """
-        artifact = deployed = reason = None
+        artifact = deployed = reason = stopped = None
         measurements: tuple[Measurement, ...] = ()
         kernels: Mapping[str, str] = {}
         try:
             artifact, deployed = self.realise(plan, folder, clock)
-            measurements = self.measure(deployed, reference, examples, clock)
-            with clock.timed("kernels"):
-                kernels = deployed.runtime.kernels(deployed)
+            measurements, stopped = self._climb(deployed, reference, examples, clock, judge)
+            if stopped is None:
+                with clock.timed("kernels"):
+                    kernels = deployed.runtime.kernels(deployed)
         except Infeasible as infeasible:
             if infeasible.transient:
                 raise
             reason = infeasible.reason
         achieved = artifact.achieved if artifact else {}
-        record = TrialRecord(number, plan, measurements, reason, clock.seconds, achieved, self.environment, kernels)
+        record = TrialRecord(
+            number,
+            plan,
+            measurements,
+            reason,
+            clock.seconds,
+            achieved,
+            self.environment,
+            kernels,
+            stopped=stopped,
+        )
         return record, deployed
 
     def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
@@ -136,6 +208,51 @@ class Workbench:
                 measurements.extend(evaluator.measure(deployed, reference, examples))
         return tuple(measurements)
 
+    def _climb(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock, judge: Judge | None
+    ) -> tuple[tuple[Measurement, ...], Stop | None]:
+        """Rung by rung to the top, or to where the judge says stop; what was measured by then, in a fixed order."""
+        stop = None
+        for look in self._looks(deployed, reference, examples, clock, judge):
+            stop = judge.verdict(look) if judge else None
+            if stop:
+                break
+        known = {m.name: m for m in look.known}
+        order = [
+            metric.name for evaluator in (*self.evaluators.values(), Divergence()) for metric in evaluator.metrics()
+        ]
+        return tuple(known[name] for name in order if name in known), stop
+
+    def _looks(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock, judge: Judge | None
+    ) -> Iterator[Look]:
+        """What cannot be done in part and decides, then the proxy, previews, and all the rest; each look knows more."""
+        wanted, shares = (judge.wanted, judge.shares) if judge else (frozenset(), ())
+        deciding = {n: e for n, e in self.evaluators.items() if wanted & {metric.name for metric in e.metrics()}}
+        gradual = {n: e for n, e in deciding.items() if isinstance(e, Gradual)}
+        whole = {n: e for n, e in deciding.items() if n not in gradual}
+        final: dict[str, Measurement] = {}
+
+        def measure(name: str, evaluator: Evaluator, on: Examples) -> None:
+            with clock.timed(name):
+                final.update({m.name: m for m in evaluator.measure(deployed, reference, on)})
+
+        for name, evaluator in whole.items():
+            measure(name, evaluator, examples)
+        yield Look("exact", final)
+        measure("divergence", Divergence(), self._calibration)
+        yield Look("proxy", final)
+        for share in shares:
+            previews: dict[str, Measurement] = {}
+            for name, evaluator in gradual.items():
+                with clock.timed(name):
+                    previews |= {m.name: m for m in evaluator.preview(deployed, reference, examples, share)}
+            yield Look(f"preview {100 * share:g} %", final, previews, share)
+        for name, evaluator in self.evaluators.items():
+            if name not in whole:
+                measure(name, evaluator, examples)
+        yield Look("full", final)
+
     def examples(self, split: str) -> Examples:
         """One split as arrays, with the uncompressed torch model's answers."""
         chosen = getattr(self.workload.splits, split)
@@ -147,6 +264,10 @@ class Workbench:
             targets=None if chosen.targets is None else chosen.targets.numpy(),
             original=original.float().numpy(),
         )
+
+    @cached_property
+    def _calibration(self) -> Examples:
+        return self.examples("calibration")
 
     def close(self) -> None:
         """Let every evaluator give back what it holds."""

@@ -1,9 +1,10 @@
 """A search over a zoo net with quick stand-ins for runtime and evaluators, but a real storage and tracker."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ RATIO = Metric("latency_ratio", "of reference", "minimize")
 
 
 def load_count(folder: str, precision: str, batch: int | None, threads: int) -> Session:
-    raise NotImplementedError("nothing is run: the evaluators read the file")
+    """Answers the more firmly, the more layers are in 8 bits: so far it is from the uncompressed model."""
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    int8 = json.loads((Path(folder) / "model.json").read_text())["int8"]
+
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.tile(np.array([len(int8), 0, 0, 0, 0], np.float32), (len(x), 1))
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,20 @@ class Counting:
         int8 = json.loads((deployed.folder / "model.json").read_text())["int8"]
         harm = sum(0.001 * (1 + len(name)) for name in int8)
         return exact(ACCURACY, 0.99 - harm), exact(RATIO, 1 / (1 + len(int8)))
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Gradually(Counting):
+    """The same, and from a share of the work already, give or take a little."""
+
+    def preview(
+        self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
+    ) -> Sequence[Measurement]:
+        accuracy, ratio = self.measure(deployed, reference, examples)
+        half = 0.001 / math.sqrt(share)
+        return replace(accuracy, interval=(accuracy.value - half, accuracy.value + half)), ratio
 
     def close(self) -> None: ...
 

@@ -10,6 +10,8 @@ from compressors.errors import ConfigError
 from evaluators.measurement import Metric
 from evaluators.score import Score
 from search import build
+from search.ladder import Ladder
+from search.select import Bound
 from search.space import RUNTIME_KNOB
 from search.study import Search
 from search.workload import Workload, classification
@@ -37,6 +39,13 @@ def test_everything_of_the_configuration_arrives(store: Path) -> None:
     assert OmegaConf.create(search.config).study == "mine"
 
 
+def test_the_ladder_knows_what_decides_and_can_be_off(store: Path) -> None:
+    found = built(store, "bounds.size_bytes=5000", "ladder.error=0.1", "ladder.shares=[0.5]").ladder
+    objectives = ("accuracy", "latency_ratio", "size_bytes")
+    assert found == Ladder(objectives, "accuracy", "latency_ratio", (Bound("size_bytes", 5000.0),), (0.5,), 0.1)
+    assert built(store, "ladder.enabled=false").ladder is None
+
+
 def test_the_first_runtime_is_what_latency_is_a_ratio_to(store: Path) -> None:
     search = built(store, "runtime=[openvino]")
     assert search.reference.runtime == "openvino"
@@ -55,6 +64,7 @@ FINGERPRINTS = {
     "rule=knee": set(),
     "sampler=tpe": set(),
     "study=other": set(),
+    "ladder.enabled=false": set(),
 }
 
 

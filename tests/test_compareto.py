@@ -90,7 +90,7 @@ def test_a_labelled_search_gives_files_to_ship_and_goes_on_where_it_stopped(stor
 @pytest.fixture
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file takes a millisecond."""
-    monkeypatch.setattr(Latency, "_steady", lambda *_: Reading(((1.0, 1.0),), 1.0, 1.0))
+    monkeypatch.setattr(Latency, "_steady", lambda *_: Reading((((1.0, 1.0), (1.0, 1.0)),)))
 
 
 def test_without_labels_the_original_is_what_counts(store: Path, no_timing: None) -> None:

@@ -1,6 +1,7 @@
 """What a running search shows: one line a trial in a log, one live line on a screen."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from evaluators.measurement import Metric, exact
 from search.progress import ProgressView
 from search.study import Budget, Progress
 from search.training import TrainingProgress
-from search.trial import TrialRecord
+from search.trial import Stop, TrialRecord
 from tests.studies import ACCURACY, RATIO
 
 
@@ -21,7 +22,7 @@ def record(number: int, accuracy: float = 0.9, ratio: float = 0.5, infeasible: s
 
 
 def progress(*records: TrialRecord, **changes: Any) -> Progress:
-    front = [r for r in records if r.infeasible is None]
+    front = [r for r in records if r.measured]
     fields: dict[str, Any] = {"phase": "", "elapsed_s": 60.0, "duplicates": 0, "budget": Budget(10)}
     return Progress(**{"done": len(records), "records": records, "front": front, **fields, **changes})
 
@@ -51,6 +52,12 @@ def test_a_line_says_how_many_how_good_and_how_long() -> None:
 def test_an_infeasible_trial_says_why() -> None:
     (line,) = shown(progress(record(0, infeasible="no kernel for [3] bits")))
     assert line.endswith("front 0 | left 9:00 | trial 0: infeasible, no kernel for [3] bits")
+
+
+def test_a_stopped_trial_says_where_and_why() -> None:
+    stop = Stop("preview 25 %", "accuracy", (0.5, 0.7), "trial 1 dominates its best case")
+    (line,) = shown(progress(record(0), replace(record(3), stopped=stop)))
+    assert line.endswith("trial 3: stopped at preview 25 %, trial 1 dominates its best case")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from compressors.plan import CompressionPlan, LayerSpec, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from search.report import View, describe, draw, front_table, layers_png, pareto_html
 from search.select import Choice
-from search.trial import TrialRecord
+from search.trial import Stop, TrialRecord
 
 LAYERS = [LayerSpec(f"block.{i}", "conv", (8, 8, 3, 3), 576, 1000) for i in range(5)]
 VIEW = View(quality="fidelity")
@@ -63,6 +63,17 @@ def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
     assert "4.00x" in rows[1]
     assert "375.0 kB" in rows[1]
     assert "1.50 MB" in rows[2]
+
+
+def test_one_line_says_how_many_were_stopped(tmp_path: Path) -> None:
+    stop = Stop("preview 25 %", "fidelity", (0.5, 0.7), "")
+    half = TrialRecord(5, BEST.plan, BEST.measurements[:1], None, {}, {}, {}, stopped=stop)
+    for records, lines in ((RECORDS, 0), ([*RECORDS, half, half], 1)):
+        console = Console(width=200, record=True)
+        console.print(front_table(records, FRONT, CHOICE, VIEW))
+        assert console.export_text().count("2 of 7 trials were stopped early") == lines
+    draw(tmp_path, [*RECORDS, half], FRONT, CHOICE, LAYERS, VIEW)
+    assert 'data-trial="5"' not in (tmp_path / "pareto.html").read_text()
 
 
 def test_everything_is_drawn_and_not_blank(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ from omegaconf import OmegaConf
 from compressors.errors import ConfigError
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
-from search.select import Bound, Fastest, Knee, MostAccurate, Rule, Smallest, baselines, choose, front_of
-from search.trial import TrialRecord
+from search.select import Bound, Fastest, Knee, MostAccurate, Rule, Smallest, baselines, choose, front_of, useful
+from search.trial import Stop, TrialRecord
 
 ACCURACY = Metric("accuracy", "share", "maximize")
 RATIO = Metric("latency_ratio", "ratio", "minimize")
@@ -62,6 +63,19 @@ def test_each_rule_picks_what_it_says(rule: Rule, expected: TrialRecord) -> None
     choice = choose(STUDY, rule, NAMES)
     assert choice.record == expected
     assert choice.met
+
+
+def test_of_use_is_what_is_not_clearly_slower_than_its_own_input() -> None:
+    assert useful(STUDY, "latency_ratio") == [FP32, BF16, INT8, TINY]
+    assert useful([SMALL_BUT_SLOW], "latency_ratio") == [SMALL_BUT_SLOW]
+
+
+def test_a_stopped_trial_is_on_no_front_no_baseline_and_no_champion() -> None:
+    stop = Stop("preview 25 %", "accuracy", (0.9, 0.99), "")
+    best = replace(trial(5, 0.99, 0.05, 10), stopped=stop)
+    assert best not in front_of([*STUDY, best], NAMES)
+    assert choose([*STUDY, best], Fastest(), NAMES).record == INT8
+    assert baselines([replace(FP32, stopped=stop), BF16]) == [BF16]
 
 
 def test_the_reason_names_rule_and_finding() -> None:

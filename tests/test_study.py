@@ -1,6 +1,9 @@
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ from optuna.trial import TrialState
 
 from compressors.errors import ConfigError, Infeasible
 from search.conclude import conclude
+from search.ladder import Ladder
 from search.select import Bound
-from search.study import Budget, Progress, run
-from tests.studies import make_search, quiet, refuse
+from search.study import Budget, Progress, Search, run
+from tests.studies import Gradually, make_search, quiet, refuse
 
 
 def optuna_trials(folder: Path, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -224,3 +228,79 @@ def test_interruptions_never_cost_the_baseline(store: Path) -> None:
     outcome = run(make_search(store, 2), quiet)
     assert not outcome.records[0].plan.steps
     assert conclude(make_search(store, 2), outcome).choice.record in outcome.records
+
+
+LADDER = Ladder(("accuracy", "latency_ratio"), "accuracy", "latency_ratio")
+
+
+def gradual(
+    folder: Path, trials: int, ladder: Ladder | None, before: Callable[[int], None] = lambda _n: None
+) -> Search:
+    search = make_search(folder, trials, before, ladder=ladder)
+    return replace(search, workbench=replace(search.workbench, evaluators={"counting": Gradually()}))
+
+
+def test_a_stopped_candidate_is_told_to_optuna_and_to_mlflow(store: Path) -> None:
+    search = gradual(store, 20, LADDER)
+    outcome = run(search, quiet)
+    stopped = [r for r in outcome.records if r.stopped]
+    assert len(outcome.records) == 20
+    assert len(stopped) >= 3
+    told = {t.number: t for t in optuna_trials(store)}
+    assert all(t.user_attrs["loss"] >= 0 for t in told.values())
+    client = search.tracker._client
+    runs = client.search_runs([outcome.study.experiment_id], "tags.`compareto.role` = 'trial'")
+    tags = {int(r.data.tags["compareto.number"]): r.data.tags for r in runs}
+    for record in stopped:
+        trial, stop = told[record.number], record.stopped
+        assert stop is not None
+        assert trial.state is TrialState.PRUNED
+        assert trial.user_attrs["stopped"] == {"rung": stop.rung, "reason": stop.reason}
+        assert trial.user_attrs["preview"] == {m: record.value(m).value for m in ("accuracy", "latency_ratio")}
+        assert tags[record.number]["compareto.stopped"] == f"{stop.rung}: {stop.reason}"
+        assert stop.reason.startswith("trial ")
+        assert record.artifact_uri is None
+    finished = set(told) - {r.number for r in stopped}
+    assert not any({"stopped", "preview"} & set(told[n].user_attrs) for n in finished)
+    assert not any("compareto.stopped" in tags[n] for n in finished)
+    assert conclude(search, outcome).choice.record.stopped is None
+
+
+def test_the_front_is_the_same_with_and_without_the_ladder(store: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(store, tmp_path / "other")
+    fronts = []
+    for folder, ladder in ((store, LADDER), (other, None)):
+        outcome = run(gradual(folder, 20, ladder), quiet)
+        assert any(r.stopped for r in outcome.records) == (ladder is not None)
+        fronts.append({r.plan.digest: r.values(LADDER.objectives) for r in outcome.front})
+    assert fronts[0] == fronts[1]
+
+
+def test_what_was_stopped_is_not_tried_again(store: Path) -> None:
+    before = run(gradual(store, 20, LADDER), quiet)
+    deployed: list[int] = []
+    after = run(gradual(store, 22, LADDER, deployed.append), quiet)
+    assert after.records[:20] == before.records
+    assert len(deployed) == 3  # the reference and two trials
+    assert len(set(counted(store))) == 22
+
+
+def test_a_plan_that_was_stopped_is_answered_as_stopped_when_proposed_again(store: Path) -> None:
+    search = gradual(store, 20, LADDER)
+    stopped = next(r for r in run(search, quiet).records if r.stopped)
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    study.enqueue_trial(study.trials[stopped.number].params)
+    run(replace(search, budget=Budget(trials=21)), quiet)
+    (again,) = (t for t in optuna_trials(store) if t.user_attrs.get("duplicate_of") == stopped.number)
+    assert again.state is TrialState.PRUNED
+    first = study.trials[stopped.number].user_attrs
+    assert {n: again.user_attrs[n] for n in ("stopped", "preview", "loss")} == {
+        n: first[n] for n in ("stopped", "preview", "loss")
+    }
+
+
+def test_the_proxy_is_measured_without_a_ladder_too(store: Path) -> None:
+    outcome = run(gradual(store, 3, None), quiet)
+    losses = [record.value("calibration_loss").value for record in outcome.records]
+    assert losses == [t.user_attrs["loss"] for t in optuna_trials(store)]
+    assert losses[1] != losses[0]

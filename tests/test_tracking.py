@@ -17,7 +17,7 @@ from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Array, Deployed, Loader, Session, Support, TensorSpec
 from search.tracking import StudyRun, Tracker, plan_params, record_from_json, record_to_json, save_pyfunc
-from search.trial import TrialRecord
+from search.trial import Stop, TrialRecord
 
 
 def load_matrix(folder: str, precision: str, batch: int | None, threads: int) -> Session:
@@ -115,6 +115,27 @@ def finish(tracker: Tracker, study: StudyRun, made: TrialRecord, folder: Path) -
 def test_a_record_survives_the_round_trip() -> None:
     for made in (record(), record(infeasible="no kernel for 3 bits")):
         assert record_from_json(record_to_json(made)) == made
+
+
+STOP = Stop("preview 25 %", "accuracy", (0.5, 0.7), "trial 1 dominates its best case")
+
+
+def test_a_stopped_record_survives_it_too_and_one_from_before_can_be_read() -> None:
+    made = replace(record(), stopped=STOP)
+    assert record_from_json(record_to_json(made)) == made
+    old = json.loads(record_to_json(record()))
+    del old["stopped"]
+    assert record_from_json(json.dumps(old)) == record()
+
+
+def test_a_stopped_trial_is_tagged_and_leaves_no_files(tracker: Tracker, study: StudyRun, tmp_path: Path) -> None:
+    found = finish(tracker, study, replace(record(), stopped=STOP), tmp_path / "deployed")
+    assert found.stopped == STOP
+    (run,) = tracker._children(study, "FINISHED")
+    assert run.data.tags["compareto.stopped"] == "preview 25 %: trial 1 dominates its best case"
+    assert run.data.metrics["accuracy"] == 0.9
+    with pytest.raises(ConfigError, match="stopped early: trial 1 dominates"):
+        tracker.model_folder(found)
 
 
 def test_a_plan_is_flattened_into_readable_params() -> None:

@@ -1,6 +1,7 @@
 """One trial from plan to record."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 from compressors.errors import Infeasible
 from compressors.plan import CompressionPlan, Step, Target
-from evaluators.measurement import exact
+from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Deployed
-from search.trial import Clock, TrialRecord, Workbench
-from tests.studies import ACCURACY, RATIO, make_search, refuse
+from evaluators.size import Size
+from search.trial import Clock, Look, Stop, TrialRecord, Workbench
+from tests.studies import ACCURACY, RATIO, Gradually, make_search, refuse
 
 PLAIN = CompressionPlan(Target("fake", "fp32"))
 INT8 = CompressionPlan(Target("fake", "fp32"), (Step("quantize", {"head": {"bits": 8}}),))
@@ -32,7 +34,7 @@ def carried_out(bench: Workbench, plan: CompressionPlan, folder: Path) -> tuple[
 def test_a_record_has_plan_measurements_seconds_and_what_was_achieved(tmp_path: Path) -> None:
     record, deployed, _ = carried_out(make_search(tmp_path, 1).workbench, INT8, tmp_path)
     assert (record.number, record.plan, record.infeasible) == (7, INT8, None)
-    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio"]
+    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio", "calibration_loss"]
     assert set(record.seconds) >= {"compress", "deploy", "counting"}
     assert record.achieved["quantize"]["head"]["bits"] == 8
     assert record.environment == {"cpu": "x"}
@@ -64,6 +66,68 @@ def test_an_evaluator_that_gives_up_leaves_the_files_but_no_measurement(tmp_path
     assert (record.infeasible, record.measurements) == ("too busy", ())
     assert deployed is not None
     assert "quantize" in record.achieved
+
+
+@dataclass
+class Told:
+    """A judge that writes down what it is shown and stops at one rung."""
+
+    stop_at: str = ""
+    wanted: frozenset[str] = frozenset({"accuracy", "size_bytes"})
+    shares: Sequence[float] = (0.25, 0.5)
+    seen: dict[str, tuple[set[str], set[str]]] = field(default_factory=dict)
+
+    def verdict(self, look: Look) -> Stop | None:
+        self.seen[look.rung] = set(look.final), set(look.previews)
+        return Stop(look.rung, "accuracy", (0.0, 0.5), "enough") if look.rung == self.stop_at else None
+
+
+def judged(bench: Workbench, judge: Told, folder: Path) -> TrialRecord:
+    bench = replace(bench, evaluators={"counting": Gradually(), "size": Size(), "other": Other()})
+    reference = bench.reference(PLAIN.target, Clock())
+    record, _ = bench.run(7, INT8, reference, bench.examples("validation"), empty(folder / "out"), Clock(), judge)
+    return record
+
+
+@dataclass(frozen=True)
+class Other:
+    """Measures something that nobody decides by, and cannot do it in part."""
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric("other", "things", "minimize"),)
+
+    def measure(self, *_: object) -> tuple[Measurement, ...]:
+        return (exact(self.metrics()[0], 3.0),)
+
+    def close(self) -> None: ...
+
+
+COUNTED = {"accuracy", "latency_ratio"}
+
+
+def test_cheap_rungs_come_first_and_each_knows_more(tmp_path: Path) -> None:
+    judge = Told()
+    record = judged(make_search(tmp_path, 1).workbench, judge, tmp_path)
+    proxy = {"size_bytes", "calibration_loss"}
+    assert list(judge.seen.items()) == [
+        ("exact", ({"size_bytes"}, set())),
+        ("proxy", (proxy, set())),
+        ("preview 25 %", (proxy, COUNTED)),
+        ("preview 50 %", (proxy, COUNTED)),
+        ("full", (proxy | COUNTED | {"other"}, set())),
+    ]
+    names = [m.name for m in record.measurements]
+    assert names == ["accuracy", "latency_ratio", "size_bytes", "other", "calibration_loss"]
+    assert record.measured
+
+
+def test_a_stopped_trial_keeps_what_was_previewed_and_asks_for_no_kernels(tmp_path: Path) -> None:
+    record = judged(make_search(tmp_path, 1).workbench, Told("preview 25 %"), tmp_path)
+    assert record.stopped == Stop("preview 25 %", "accuracy", (0.0, 0.5), "enough")
+    assert [m.name for m in record.measurements] == ["accuracy", "latency_ratio", "size_bytes", "calibration_loss"]
+    assert record.value("accuracy").interval[0] < record.value("accuracy").value
+    assert not record.measured
+    assert "kernels" not in record.seconds
 
 
 def test_the_reference_lies_in_the_cache_and_is_made_anew(tmp_path: Path) -> None:
