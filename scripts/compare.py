@@ -20,11 +20,11 @@ from evaluators.evaluation import Examples
 from evaluators.latency import Latency
 from evaluators.runtime import Deployed, Runtime
 from scripts.contestant import WORKLOADS, Job
-from scripts.summary import save, with_hypervolumes
+from scripts.rivals.environment import PACKAGES as RIVALS
+from scripts.summary import SEARCHES, save, with_hypervolumes
 from search import build
 
 ROOT = Path(__file__).parents[1]
-METHODS = "guided,tpe,nsga2,random,uniform"
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
 # A load above this, before anything is timed, is somebody else's.
 QUIET_LOAD = 0.5
@@ -121,8 +121,11 @@ def _is_done(job: Job) -> bool:
 
 def _jobs(wanted: argparse.Namespace) -> Iterator[Job]:
     """Seed by seed, so that a machine that changes during the day does so for every method."""
+    methods = wanted.methods.split(",")
+    for unknown in set(methods) - {*SEARCHES, *RIVALS}:
+        raise ConfigError("--methods", f"{unknown!r} is none", f"use {', '.join((*SEARCHES, *RIVALS))}")
     for seed in _seeds(wanted.seeds):
-        for method in wanted.methods.split(","):
+        for method in methods:
             limits = (wanted.budget, wanted.trials, tuple(wanted.options))
             yield Job(wanted.workload, wanted.batch, method, seed, *limits, str(wanted.out), str(wanted.work))
 
@@ -137,7 +140,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("scripts/bench.py compare", description=__doc__)
     parser.add_argument("workload", choices=list(WORKLOADS))
     parser.add_argument("options", nargs="*", help="option=value of the search, such as data.folder=...")
-    parser.add_argument("--methods", default=METHODS, help=f"of {METHODS},nncf,ort,torch_pruning,olive")
+    parser.add_argument("--methods", help=f"of {','.join((*SEARCHES, *RIVALS))}; default: the first {len(SEARCHES)}")
     parser.add_argument("--seeds", default="0-4", help="0-4 or 0,3: of splits, training and search")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--budget", type=float, help="seconds of one core for each run, from its start")
@@ -145,8 +148,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on a core of its own")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/compare")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/compareto/compare").expanduser())
-    parser.add_argument("--retime", action="store_true", help="read all latencies again; leave the machine alone")
+    parser.add_argument("--retime", action="store_true", help="read the latencies of all methods' fronts again")
     wanted = parser.parse_intermixed_args(arguments)
+    wanted.methods = wanted.methods or ",".join((*SEARCHES, *(RIVALS if wanted.retime else ())))
     if wanted.budget is None and wanted.trials is None:
         wanted.budget = 300.0
     return wanted

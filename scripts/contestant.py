@@ -39,6 +39,7 @@ from search.progress import ProgressView
 from search.report import describe
 from search.study import Budget, Search, Watcher, run
 from search.trial import Clock, TrialRecord
+from search.workload import tensors_digest
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = ("accuracy", "latency_ratio")
@@ -316,6 +317,7 @@ def written(job: Job, search: Search, outcome: Outcome) -> dict[str, Any]:
         **{name: getattr(job, name) for name in ("workload", "batch", "method", "seed", "budget_s", "command")},
         "trials_wanted": job.trials,
         "machine": {**machine(), **versions()},
+        "network": tensors_digest(search.workbench.workload.model.state_dict().values()),
         "installed": None if made is None else {"seconds": made.seconds, "versions": list(made.versions)},
         "error": outcome.error,
         "seconds": outcome.seconds,

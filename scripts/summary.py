@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compressors.errors import ConfigError
 from search.pareto import hypervolume
 
 Result = Mapping[str, Any]
@@ -81,10 +82,20 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def summarise(folder: Path) -> list[Path]:
     """Write `summary.md` and `hypervolume.png` beside the results of one workload and batch size."""
     results = read(folder)
+    _check_networks(folder, [run for runs in results.values() for run in runs])
     text, picture = folder / "summary.md", folder / "hypervolume.png"
     text.write_text("\n".join(_lines(folder.name, results)) + "\n")
     draw(results, picture)
     return [text, picture]
+
+
+def _check_networks(folder: Path, runs: Sequence[Result]) -> None:
+    """All methods of a seed must have started from the same weights."""
+    for seed in {run["seed"] for run in runs}:
+        networks = {run["method"]: run["network"] for run in runs if run["seed"] == seed}
+        if len(set(networks.values())) > 1:
+            remedy = "run the odd ones again, with the same COMPARETO_CACHE"
+            raise ConfigError(str(folder), f"seed {seed} started from several networks: {networks}", remedy)
 
 
 # -- The table
