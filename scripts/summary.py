@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from compressors.errors import ConfigError
 from search.pareto import hypervolume
@@ -168,15 +169,16 @@ def draw(results: Mapping[str, Sequence[Result]], path: Path) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     by_seconds, by_trials = figure.subplots(1, 2, sharey=True)
-    for (method, runs), colour in zip(results.items(), COLOURS, strict=False):
-        _curve(by_seconds, [_over_seconds(r) for r in runs], method, colour)
-        if method in SEARCHES:
-            _curve(by_trials, [_over_trials(r) for r in runs], method, colour)
+    searches = {method: runs for method, runs in results.items() if method in SEARCHES}
+    colours = dict(zip(results, COLOURS, strict=False))
+    _curves(by_seconds, {m: [_over_seconds(r) for r in runs] for m, runs in results.items()}, colours)
+    _curves(by_trials, {m: [_over_trials(r) for r in runs] for m, runs in searches.items()}, colours)
     _frame(by_seconds, "seconds since the start of the process")
     _frame(by_trials, "trials")
     by_seconds.set_ylabel("normalised hypervolume on validation")
     handles, labels = by_seconds.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    title = "mean, least to most"
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title=title)
     figure.savefig(path, dpi=110)
 
 
@@ -194,15 +196,15 @@ def _over_trials(result: Result) -> Steps:
     return [float(i) for i in range(1, len(heights) + 1)], heights
 
 
-def _curve(axes: Any, runs: Sequence[Steps], label: str, colour: str) -> None:
-    """A run that ended early keeps its last height: it has nothing more to give."""
-    places = sorted({x for xs, _ in runs for x in xs})
-    if not places:
-        return
-    heights = np.array([_heights(run, places) for run in runs])
-    style = "-" if label in SEARCHES else "--"
-    axes.step(places, heights.mean(axis=0), style, where="post", color=colour, label=label, linewidth=1.6)
-    axes.fill_between(places, heights.min(axis=0), heights.max(axis=0), step="post", color=colour, alpha=0.12, lw=0)
+def _curves(axes: Any, methods: Mapping[str, Sequence[Steps]], colours: Mapping[str, str]) -> None:
+    """To one right end: a run that ended early keeps its last height, because it has nothing more to give."""
+    end = max((x for runs in methods.values() for xs, _ in runs for x in xs), default=1.0)
+    for method, runs in methods.items():
+        places = sorted({end, *(x for xs, _ in runs for x in xs)})
+        heights = np.array([_heights(run, places) for run in runs])
+        style, colour = "-" if method in SEARCHES else "--", colours[method]
+        axes.step(places, heights.mean(axis=0), style, where="post", color=colour, label=method, linewidth=1.6)
+        axes.fill_between(places, heights.min(axis=0), heights.max(axis=0), step="post", color=colour, alpha=0.12, lw=0)
 
 
 def _heights(run: Steps, places: Sequence[float]) -> list[float]:
@@ -216,6 +218,8 @@ def _frame(axes: Any, name: str) -> None:
     axes.set_xlabel(name)
     axes.set_ylim(0, 1)
     axes.grid(True, color="#e3e6e9", linewidth=0.7)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
