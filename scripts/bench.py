@@ -1,27 +1,42 @@
-"""Checks what a finished study claims, in fresh processes, and writes the figures with the machine's facts.
+"""The project's measurements of itself: checks a finished study's claims, and compares ways to search and rival tools.
 
     .venv/bin/python scripts/bench.py verify [option=value ...] > benchmarks/default/verify.json
 
 reads the study that the options name (default: the default search's), loads every front member again, and reports:
 how many front members differ beyond their bands, the champion's speed-up and test loss, how many members give the same
 predictions and a latency ratio inside their band, and which share of a trial's time the framework itself took.
+
+    .venv/bin/python scripts/bench.py compare digits --methods tpe,nsga2 --seeds 0-4 --budget 300 [option=value ...]
+    .venv/bin/python scripts/bench.py compare digits --methods tpe,nsga2 --seeds 0-4 --retime
+    .venv/bin/python scripts/bench.py table [FOLDER ...]
+
+run methods and rival tools under one protocol (benchmarks/README.md), read the latencies of their fronts again on a
+quiet machine, and write a table and a picture beside the results.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# A script's own folder is on its path, but this one's neighbours are imported by the names that tests use, too.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import optuna
 from omegaconf import DictConfig
+from rich.console import Console
 
 from evaluators.latency import Latency
 from evaluators.machine import machine, versions
 from evaluators.runtime import Deployed
+from scripts import compare
+from scripts.contestant import Job, perform, train
+from scripts.summary import summarise
 from search import build
+from search.__main__ import guarded
 from search.conclude import TEST_FILE
 from search.pareto import distinct
 from search.select import front_of
@@ -33,15 +48,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Dispatch; `predict` is what `verify` starts in other processes."""
-    command, *overrides = arguments or ["--help"]
-    if command == "verify":
-        verify(build.compose(overrides))
-    elif command == "predict":
-        trial, *overrides = overrides
-        print(json.dumps(predictions(build.compose(overrides), int(trial))))
-    else:
-        print(__doc__)
+    """Dispatch; `predict`, `train` and `run` are what others start in processes of their own."""
+    command, *rest = arguments or ["--help"]
+    actions: dict[str, Callable[[], None]] = {
+        "verify": lambda: verify(build.compose(rest)),
+        "predict": lambda: print(json.dumps(predictions(build.compose(rest[1:]), int(rest[0])))),
+        "compare": lambda: compare.main(rest),
+        "table": lambda: _tables([Path(word) for word in rest]),
+        "train": lambda: train(Job(**json.loads(rest[0]))),
+        "run": lambda: perform(Job(**json.loads(rest[0])), float(rest[1])),
+    }
+    sys.exit(guarded(actions.get(command, lambda: print(__doc__)), Console(stderr=True)))
+
+
+def _tables(folders: Sequence[Path]) -> None:
+    """Of these folders of results, or of all there are."""
+    for folder in folders or sorted({path.parent for path in (ROOT / "benchmarks/compare").rglob("*-*.json")}):
+        for path in summarise(folder):
+            print(path)
 
 
 def verify(config: DictConfig) -> None:

@@ -1,9 +1,11 @@
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.measurement import Measurement, Metric
-from search.pareto import distinct, dominates, front
+from search.pareto import distinct, dominates, front, hypervolume
 
 METRICS = (Metric("accuracy", "share", "maximize"), Metric("latency_ratio", "ratio", "minimize"))
 
@@ -19,7 +21,6 @@ def measured(draw: st.DrawFn, metric: Metric) -> Measurement:
 
 
 rows_strategy = st.lists(st.tuples(*map(measured, METRICS)), min_size=1, max_size=12)
-points_strategy = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8)
 
 
 @given(rows_strategy)
@@ -75,3 +76,22 @@ def test_rows_of_different_length_are_refused() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     assert front([]) == distinct([]) == []
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@given(data=st.data())
+def test_hypervolume_counts_the_cells_that_some_point_dominates(axes: int, data: st.DataObject) -> None:
+    points = data.draw(st.lists(st.tuples(*[st.integers(0, 6)] * axes), max_size=8))
+    reference = data.draw(st.tuples(*[st.integers(0, 5)] * axes))
+    cells = product(*(range(r) for r in reference))
+    expected = sum(any(all(x <= c for x, c in zip(p, cell, strict=True)) for p in points) for cell in cells)
+    assert hypervolume(points, reference) == expected
+
+
+def test_hypervolume_of_two_steps_of_a_staircase() -> None:
+    assert hypervolume([(0.2, 0.5), (0.6, 0.1)], (1.0, 1.0)) == pytest.approx(0.4 * 0.5 + 0.4 * 0.9)
+
+
+def test_a_point_of_another_length_than_the_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        hypervolume([(0.1, 0.2)], (1.0, 1.0, 1.0))
