@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 
@@ -87,10 +88,25 @@ def show(conclusion: Conclusion, console: Console) -> None:
         f"on the test split, {name}: {m.name} {report.quality_text(m)}, {m.n} examples"
         for name, m in conclusion.test.items()
     ]
+    lines += surrogate_errors(outcome.front)
     lines += [f"picture: {path}" for path in conclusion.files if path.suffix == ".png"]
     lines += [outcome.ended, f"more: start ./scripts/ui (or compareto ui) and open {conclusion.link}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def surrogate_errors(front: Sequence[TrialRecord]) -> list[str]:
+    """How far the sampler's predictions of latency were off, for the front members that it proposed itself."""
+    names = dict.fromkeys(name for record in front for name in record.expected if "latency" in name)
+    lines = []
+    for name in names:
+        told = [r for r in front if name in r.expected]
+        errors = [abs(r.expected[name] / r.value(name).value - 1) for r in told]
+        lines.append(
+            f"{name} as predicted before it was measured: {100 * median(errors):.1f} % off (median), "
+            f"{100 * max(errors):.1f} % at most, for {len(told)} of {len(front)} front members"
+        )
+    return lines
 
 
 def _test_once(search: Search, outcome: Outcome, champion: TrialRecord) -> Mapping[str, Measurement]:

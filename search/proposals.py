@@ -206,7 +206,10 @@ class Proposer:
             if self.guide.growth and parsed.growth < len(self.levels):
                 carried = {**parsed.carried, self.guide.growth[0]: self.levels[parsed.growth]}
                 wait = state.seconds(parsed.growth, parsed.growth + 1)
-                yield self._kept(parsed, parsed.growth + 1, wait, carried, rng)
+                grown = self._kept(parsed, parsed.growth + 1, wait, carried, rng)
+                # One of them differs from its parent in nothing else.
+                grown.free[0], grown.target[0], grown.variant[0] = False, parsed.target, parsed.variant
+                yield grown
 
     def _kept(
         self, parsed: "_Parsed", growth: int, seconds: float, carried: Answers, rng: np.random.Generator

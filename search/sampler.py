@@ -21,8 +21,8 @@ PREVIEW = "preview"
 """User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
 REMAINING = "remaining_s"
 """User attribute of a study: seconds left; proposals that take longer stand back."""
-EXPECTED = "guided:expected"
-"""System attribute of a trial: what was expected of its values when it was proposed."""
+EXPECTED = "expected"
+"""User attribute of a trial: what was expected of its values when it was proposed, in the order of the objectives."""
 
 # TPE's own work grows with what it looks at.
 TPE_MEMORY = 64
@@ -102,7 +102,7 @@ class GuidedSampler(BaseSampler):
             return {}
         if proposal.expected is not None:
             signed = [s * v for s, v in zip(_signs(study), proposal.expected, strict=True)]
-            study._storage.set_trial_system_attr(trial._trial_id, EXPECTED, signed)
+            study._storage.set_trial_user_attr(trial._trial_id, EXPECTED, signed)
         return proposal.answers
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,8 +25,8 @@ from evaluators.divergence import LOSS
 from evaluators.measurement import Metric
 from search.ladder import Ladder
 from search.liveness import is_gone, this_process
+from search.sampler import EXPECTED, PREVIEW, REMAINING
 from search.sampler import LOSS as TOLD_LOSS
-from search.sampler import PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
 from search.tracking import StudyRun, Tracker, refuse_another
@@ -226,6 +226,7 @@ class _Loop:
                 record, deployed = self.search.workbench.run(
                     trial.number, plan, self.reference, self.examples, Path(folder), clock, judge
                 )
+                record = replace(record, expected=self._expected(trial))
                 tracker.finish_trial(run_id, record, deployed)
             except KeyboardInterrupt:
                 tracker.kill_trial(run_id)
@@ -244,6 +245,10 @@ class _Loop:
                 self.study.tell(trial, state=TrialState.FAIL)
                 return None
         return record
+
+    def _expected(self, trial: Trial) -> dict[str, float]:
+        names = (metric.name for metric in self.search.objectives)
+        return dict(zip(names, trial.user_attrs.get(EXPECTED, ()), strict=False))
 
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""

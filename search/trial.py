@@ -41,7 +41,8 @@ class TrialRecord:
     A `stopped` one has measurements of what was known by then, some of them from a part of the examples or sessions.
     `achieved` is method -> layer -> what was really done; `kernels` is operation -> the kernel that the runtime chose
     for it, where it tells. `artifact_uri` is where the deployed files lie, filled in by
-    the tracker. Whether it is on the front is computed, never stored.
+    the tracker. `expected` is what the sampler predicted of each objective when it proposed the plan, if it did.
+    Whether it is on the front is computed, never stored.
     """
 
     number: int
@@ -54,6 +55,7 @@ class TrialRecord:
     kernels: Mapping[str, str] = field(default_factory=dict)
     artifact_uri: str | None = None
     stopped: Stop | None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
