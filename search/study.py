@@ -1,7 +1,9 @@
 """The study: asks Optuna for plans, has them carried out, tells it what came of them; resumes whatever was begun."""
 
 import fcntl
+import json
 import math
+import os
 import sqlite3
 import tempfile
 import threading
@@ -36,6 +38,7 @@ HEARTBEAT_S = 20
 RETRIES = 2
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
 DUPLICATES_IN_A_ROW = 100
+FRONT_FILE = "front.json"
 # User attributes that hold for the plan, whichever trial it was measured in.
 TOLD = {TOLD_LOSS, PREVIEW, "infeasible", "stopped"}
 
@@ -226,8 +229,7 @@ class _Loop:
                 record, deployed = self.search.workbench.run(
                     trial.number, plan, self.reference, self.examples, Path(folder), clock, judge
                 )
-                record = replace(record, expected=self._expected(trial))
-                tracker.finish_trial(run_id, record, deployed)
+                record = tracker.finish_trial(run_id, replace(record, expected=self._expected(trial)), deployed)
             except KeyboardInterrupt:
                 tracker.kill_trial(run_id)
                 self.study.tell(trial, state=TrialState.FAIL)
@@ -263,6 +265,7 @@ class _Loop:
             self.study.tell(trial, [record.value(metric.name).value for metric in self.search.objectives])
         self._show("")
         self._log_progress()
+        self._save_front()
 
     def _tell_again(self, trial: Trial, twin: FrozenTrial) -> None:
         """The same plan gets the same answer, without any work."""
@@ -313,6 +316,23 @@ class _Loop:
         self.search.tracker.progress(
             self.run, len(self.records), {"trials": len(self.records), "front": len(on_front), **best}
         )
+
+
+    def _save_front(self) -> None:
+        """The best so far, on disk and in the tracker: whatever happens next, this is there."""
+        text = json.dumps([_row(r, self.search.objectives) for r in self.search.front(self.records)], indent=1)
+        path = self.search.folder / self.search.name / FRONT_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(text)
+        fresh.replace(path)
+        self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
+
+
+def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]:
+    values = {m.name: record.value(m.name) for m in objectives}
+    measured = {name: {"value": m.value, "interval": m.interval} for name, m in values.items()}
+    return {"trial": record.number, "digest": record.plan.digest, "files": record.artifact_uri, **measured}
 
 
 def _told(record: TrialRecord, objectives: Sequence[str]) -> dict[str, object]:

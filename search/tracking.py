@@ -260,8 +260,11 @@ class Tracker:
         self._client.log_text(run_id, plan.to_json(), "plan.json")
         return run_id
 
-    def finish_trial(self, run_id: str, record: TrialRecord, deployed: Deployed | None) -> None:
-        """Record what came out, with the deployed files unless it was stopped early, and end the run."""
+    def finish_trial(self, run_id: str, record: TrialRecord, deployed: Deployed | None) -> TrialRecord:
+        """Record what came out, with the deployed files unless it was stopped early, and end the run.
+
+        Gives the record as it is stored, with where the files are.
+        """
         tags = {}
         if record.stopped is not None:
             tags["compareto.stopped"] = f"{record.stopped.rung}: {record.stopped.reason}"[:TAG_LENGTH]
@@ -276,6 +279,7 @@ class Tracker:
         self._client.log_text(run_id, record_to_json(record), RECORD_FILE)
         self._client.log_batch(run_id, metrics=_logged(_numbers(record), 0), tags=_tags(tags))
         self._client.set_terminated(run_id)
+        return record
 
     def fail_trial(self, run_id: str, stage: str, traceback_text: str) -> None:
         """Record where and how a trial broke, and end its run as failed."""
