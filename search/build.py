@@ -26,7 +26,7 @@ from evaluators.machine import machine, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from evaluators.score import Score
-from search.cache import WeightStore
+from search.cache import Cache
 from search.conclude import Selection
 from search.models import check_model, load_checkpoint
 from search.select import Bound
@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "study": ((str,), "give a name"),
     "seed": ((int,), "give a whole number"),
     "recovery_batch": ((int,), "give a whole number"),
+    "cache_gb": ((int, float), "give a number of gigabytes"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
@@ -99,8 +100,9 @@ def build(
     prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
     shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
+    store = Cache(shared, config.cache_gb * 1e9)
     workbench = Workbench(
-        workload, compressors, runtimes, evaluators, environment, shared, WeightStore(shared), config.recovery_batch
+        workload, compressors, runtimes, evaluators, environment, shared, store, config.recovery_batch
     )
     return Search(
         name=str(config.study),
@@ -184,7 +186,7 @@ def open_tracker(config: DictConfig) -> Tracker:
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
     stored = cast(DictConfig, OmegaConf.create(text))
-    for name in ("folder", "cache", "storage", "tracking"):
+    for name in ("folder", "cache", "cache_gb", "storage", "tracking"):
         stored[name] = config[name]
     return stored
 
@@ -215,6 +217,8 @@ def _check(config: DictConfig) -> None:
             raise ConfigError(path, "is not set" if value is None else f"is {value!r}", remedy)
     if config.recovery_batch < 1:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
+    if not config.cache_gb > 0:
+        raise ConfigError("cache_gb", f"is {config.cache_gb}", "give a number above 0")
 
 
 def _sampler(config: DictConfig) -> Callable[[int], Any]:

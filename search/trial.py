@@ -3,18 +3,19 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from compressors.errors import Infeasible
-from compressors.pipeline import Artifact, Batch, Compressor, Context, PrefixStore, compress
+from compressors.pipeline import Artifact, Batch, Compressor, Context, compress, prefix_of
 from compressors.plan import CompressionPlan, Scalar, Settings, Target
 from evaluators.evaluation import Evaluator, Examples
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
+from search.cache import Cache
 from search.workload import Workload
 
 
@@ -71,7 +72,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every trial of a study has in common."""
+    """What every trial of a study has in common.
+
+    Runtimes keep what belongs to a prefix below `cache`, in the entries of `store`; without a store nothing is trained
+    only once and nothing ever removed.
+    """
 
     workload: Workload
     compressors: Mapping[str, Compressor]
@@ -79,7 +84,7 @@ class Workbench:
     evaluators: Mapping[str, Evaluator]
     environment: Mapping[str, Scalar]
     cache: Path
-    store: PrefixStore | None = None
+    store: Cache | None = None
     batch: int = 64
 
     def run(
@@ -108,14 +113,17 @@ class Workbench:
     def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
         """Compress and deploy; `folder` must be empty."""
         context = self._context(clock)
-        with clock.timed("compress"):
-            artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
-        with clock.timed("deploy"):
-            deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
+        with self.store.in_use(prefix_of(plan, self.compressors)) if self.store else nullcontext():
+            with clock.timed("compress"):
+                artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
+            with clock.timed("deploy"):
+                deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
         return artifact, deployed
 
     def reference(self, target: Target, clock: Clock) -> Deployed:
         """The uncompressed model at `target`, kept in the cache: what latencies are ratios to."""
+        if self.store:
+            self.store.keep("reference")
         folder = self.cache / "reference" / target.runtime
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
@@ -149,7 +157,9 @@ class Workbench:
         )
 
     def close(self) -> None:
-        """Let every evaluator give back what it holds."""
+        """Let every evaluator give back what it holds, and the reference go."""
+        if self.store:
+            self.store.close()
         for evaluator in self.evaluators.values():
             evaluator.close()
 
