@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from statistics import mean
 from typing import ClassVar
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.errors import Infeasible
+from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Applied, Batch, Context, Stage
-from compressors.plan import Scalar, Settings, Step
+from compressors.plan import Scalar, Settings, Step, digest
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -34,17 +35,25 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 class Distill:
     """Knowledge distillation from the uncompressed model's logits; no help to a model that has lost nothing.
 
-    The learning rate rises linearly over the first `warmup` share of all steps and then falls along half a cosine.
+    It trains in rounds that end after `first_round` epochs, twice as many, four times as many and so on; the last one
+    is cut short. Each begins with a fresh optimizer (SGDR with doubling periods, Loshchilov 2017, arXiv 1608.03983), so
+    that more epochs of one plan go on where fewer ended. Unlike in SGDR, the learning rate of a round rises linearly
+    over its first `warmup` share of steps before it falls along half a cosine.
     """
 
     weight_decay: float
     warmup: float
     clip_norm: float
     epoch_examples: int
+    first_round: int
 
     method: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.RECOVER
     off: ClassVar[tuple[str, Scalar]] = ("epochs", 0)
+
+    def __post_init__(self) -> None:
+        """Refuses rounds without an epoch."""
+        at_least(1, **{"compressor.distill.first_round": self.first_round})
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """None: the whole model is trained."""
@@ -55,28 +64,42 @@ class Distill:
 
         Raises `Infeasible` as soon as the loss is not finite. The model is in eval mode afterwards.
         """
+        since: Step | None = None
+        for end in self.rounds(step):
+            applied = self.advance(model, end, since, context, seed)
+            since = end
+        return applied
+
+    def rounds(self, step: Step) -> tuple[Step, ...]:
+        """The same step with fewer `epochs`, as each round ends, and itself."""
         epochs = _epochs(step.shared)
+        ends = takewhile(lambda end: end < epochs, (self.first_round << doublings for doublings in count()))
+        return (*(replace(step, shared={**step.shared, "epochs": end}) for end in ends), step)
+
+    def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
+        """One round; its order of the data comes from `seed` and from the epoch in which it begins."""
+        done, epochs = 0 if since is None else _epochs(since.shared), _epochs(step.shared)
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
         goal = _Goal.read(step.shared, context)
         with _training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            loss = self._train(model, goal, epochs, context)
+            torch.manual_seed(int(digest([seed, done]), 16))
+            loss = self._train(model, goal, range(done, epochs), context)
         return Applied({"": {"epochs": epochs, "loss": loss}})
 
-    def _train(self, model: nn.Module, goal: "_Goal", epochs: int, context: Context) -> float:
+    def _train(self, model: nn.Module, goal: "_Goal", epochs: range, context: Context) -> float:
         """The mean loss of the last epoch."""
         optimizer = torch.optim.AdamW(model.parameters(), goal.learning_rate, weight_decay=self.weight_decay)
         steps = self._steps(context)
         losses: list[float] = []
-        for epoch in range(epochs):
+        for passed, epoch in enumerate(epochs):
             losses.clear()
             for index, batch in enumerate(self._epoch(context)):
-                rate = goal.learning_rate * schedule((epoch + (index + 1) / steps) / epochs, self.warmup)
+                rate = goal.learning_rate * schedule((passed + (index + 1) / steps) / len(epochs), self.warmup)
                 losses.append(self._step(model, batch, goal, optimizer, rate))
                 if not math.isfinite(losses[-1]):
-                    raise Infeasible(f"distill diverged: the loss is {losses[-1]} in epoch {epoch + 1} of {epochs}")
-            context.progress(f"distill epoch {epoch + 1} of {epochs}, loss {mean(losses):.3f}")
+                    raise Infeasible(f"distill diverged: the loss is {losses[-1]} in epoch {epoch + 1}")
+            context.progress(f"distill epoch {epoch + 1} of {epochs.stop}, loss {mean(losses):.3f}")
         return mean(losses)
 
     def _epoch(self, context: Context) -> Iterator[Batch]:
@@ -109,7 +132,7 @@ class Distill:
 
 
 def schedule(done: float, warmup: float) -> float:
-    """The learning rate as a share of its peak when `done` of all steps are through: up along a line, down a cosine."""
+    """The learning rate as a share of its peak, `done` of a round being through: up along a line, down a cosine."""
     if done < warmup:
         return done / warmup
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

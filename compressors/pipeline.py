@@ -2,10 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class Context:
     """What a compressor may look at besides the model: never the validation or test split.
 
     `loss` takes `(output, target)` and gives a scalar; it is None where the data has no labels. `train` yields freshly
-    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches.
+    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `after_round` is
+    called by `compress` with the model and the step it has had so far when a round of training was not the last one;
+    it may raise to end the training, and must leave the model as it is.
     """
 
     teacher: nn.Module
@@ -41,6 +44,7 @@ class Context:
     calibration: Callable[[], Iterable[Batch]]
     loss: Callable[[Tensor, Tensor], Tensor] | None
     progress: Callable[[str], None] = lambda _text: None
+    after_round: Callable[[nn.Module, Step], None] = lambda _model, _step: None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class LayerNumbers:
     values: Tensor | None = None
     scales: Tensor | None = None
     group_size: int | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that take time to compute and space to keep."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,36 @@ class Compressor(Protocol):
         """Owner -> the layers that must share its setting, itself first; empty for methods without per-layer keys."""
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
-        """Carry out one step; raises `Infeasible` when a setting cannot be realised on this model."""
+        """Carry out one step; raises `Infeasible` when a setting cannot be realised on this model.
+
+        In the numeric stage the model stays as it is, and what an owner gets depends on its own and the shared settings
+        only: the pipeline keeps it and asks for the other owners alone.
+        """
+
+
+@runtime_checkable
+class Growing(Compressor, Protocol):
+    """A method of the RECOVER stage that gets to a step by way of smaller ones, so that more of it goes on from less.
+
+    `apply` is the same as `advance` through all rounds from the start.
+    """
+
+    def rounds(self, step: Step) -> tuple[Step, ...]:
+        """The steps that are reached on the way, each holding all that came before it; the last one is `step`."""
+
+    def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
+        """Carry a model that has had the round `since` (None: nothing) on to the next one, `step`.
+
+        What comes of it depends on the model's state and the arguments alone.
+        """
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A model in eval mode before its numbers are touched, and what each method so far achieved."""
+
+    model: nn.Module
+    achieved: Mapping[str, Achieved]
 
 
 @dataclass(frozen=True)
@@ -98,13 +135,25 @@ class Artifact:
 
 
 class PrefixStore(Protocol):
-    """Keeps the float weights of a structural prefix, so that plans that differ only in numbers skip the training."""
+    """Keeps what plans have in common: float models by prefix, and numbers by prefix and key."""
+
+    def recall(self, prefix: str) -> FloatModel | None:
+        """The float model itself, if it is still in memory; nobody may change it."""
+
+    def remember(self, prefix: str, made: FloatModel) -> None:
+        """Keep the float model in memory, for the next plan that differs only in numbers."""
 
     def load(self, prefix: str, model: nn.Module) -> Mapping[str, Achieved] | None:
         """Put the stored weights into `model` and return what each recovery method achieved, or None if not stored."""
 
     def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None:
         """Keep the weights of `model` and what each recovery method achieved."""
+
+    def load_numbers(self, prefix: str, key: str) -> Applied | None:
+        """What was made of one owner, or None if not stored."""
+
+    def save_numbers(self, prefix: str, key: str, applied: Applied) -> None:
+        """Keep what was made of one owner."""
 
 
 def compress(
@@ -115,21 +164,19 @@ def compress(
     store: PrefixStore | None = None,
 ) -> Artifact:
     """Run the plan's steps on a copy of `model` in stage order; the given model is left untouched."""
-    model = copy.deepcopy(model).eval()
-    run = _Run(model, plan.seed, compressors, context)
-    by_stage = {stage: [s for s in plan.steps if compressors[s.method].stage == stage] for stage in Stage}
-    prefix = prefix_digest([*by_stage[Stage.STRUCTURE], *by_stage[Stage.RECOVER]], plan.seed)
-    run.steps(by_stage[Stage.STRUCTURE])
-    known = store.load(prefix, model) if store and by_stage[Stage.RECOVER] else None
-    if known is not None:
-        run.achieved.update(known)
-    else:
-        run.steps(by_stage[Stage.RECOVER])
-        if store and by_stage[Stage.RECOVER]:
-            store.save(prefix, model, {s.method: run.achieved[s.method] for s in by_stage[Stage.RECOVER]})
-    model.eval().requires_grad_(False)
-    run.steps(by_stage[Stage.NUMERIC])
-    return Artifact(model, plan, prefix, run.achieved, run.numbers, run.seconds)
+    run = _Run(plan, compressors, context, store or _Nothing())
+    made = run.float_model(model)
+    numeric = {step.method: run.numbers(made.model, step) for step in run.of_stage(Stage.NUMERIC)}
+    achieved = {**made.achieved, **{method: applied.achieved for method, applied in numeric.items()}}
+    numbers = {layer: given for applied in numeric.values() for layer, given in applied.numbers.items()}
+    # Sorted, because files must not tell which of them were stored.
+    return Artifact(made.model, plan, run.prefix, achieved, dict(sorted(numbers.items())), run.seconds)
+
+
+def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
+    """The prefix that an artifact of this plan has."""
+    steps = [*_of_stage(plan, compressors, Stage.STRUCTURE), *_of_stage(plan, compressors, Stage.RECOVER)]
+    return prefix_digest(steps, plan.seed)
 
 
 def prefix_digest(steps: Sequence[Step], seed: int) -> str:
@@ -140,22 +187,133 @@ def prefix_digest(steps: Sequence[Step], seed: int) -> str:
 ORIGINAL = "original"
 
 
-class _Run:
-    """The growing outcome of one `compress` call."""
+def _of_stage(plan: CompressionPlan, compressors: Mapping[str, Compressor], stage: Stage) -> list[Step]:
+    return [step for step in plan.steps if compressors[step.method].stage == stage]
 
-    def __init__(self, model: nn.Module, seed: int, compressors: Mapping[str, Compressor], context: Context) -> None:
-        self.model, self.seed, self.compressors, self.context = model, seed, compressors, context
-        self.achieved: dict[str, Achieved] = {}
-        self.numbers: dict[str, LayerNumbers] = {}
+
+@dataclass(frozen=True)
+class _Leg:
+    """Recovery from `since` (None: the start of the method) to `step`, where the float model is called `prefix`."""
+
+    prefix: str
+    step: Step
+    since: Step | None
+    last: bool
+
+
+class _Run:
+    """The stages of one `compress` call."""
+
+    def __init__(
+        self, plan: CompressionPlan, compressors: Mapping[str, Compressor], context: Context, store: PrefixStore
+    ) -> None:
+        self.plan, self.compressors, self.context, self.store = plan, compressors, context, store
+        self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
 
-    def steps(self, steps: Sequence[Step]) -> None:
-        for step in steps:
-            began = time.perf_counter()
-            # The global generator is what dropout and data shuffling draw from; a fork keeps the caller's state.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                applied = self.compressors[step.method].apply(self.model, step, self.context, self.seed)
-            self.achieved[step.method] = applied.achieved
-            self.numbers.update(applied.numbers)
-            self.seconds[step.method] = time.perf_counter() - began
+    def of_stage(self, stage: Stage) -> list[Step]:
+        return _of_stage(self.plan, self.compressors, stage)
+
+    def float_model(self, original: nn.Module) -> FloatModel:
+        recalled = self.store.recall(self.prefix)
+        if recalled is not None:
+            return recalled
+        model = copy.deepcopy(original).eval()
+        achieved = {step.method: self._apply(model, step).achieved for step in self.of_stage(Stage.STRUCTURE)}
+        achieved.update(self._recover(model))
+        made = FloatModel(model.eval().requires_grad_(False), achieved)
+        self.store.remember(self.prefix, made)
+        return made
+
+    def numbers(self, model: nn.Module, step: Step) -> Applied:
+        """What one numeric method gives; it is asked for what is not stored."""
+        keys = {o: digest([step.method, o, s, step.shared, self.plan.seed]) for o, s in step.per_layer.items()}
+        stored = [self.store.load_numbers(self.prefix, key) for key in keys.values()]
+        known = {owner: found for owner, found in zip(keys, stored, strict=True) if found is not None}
+        missing = replace(step, per_layer={o: s for o, s in step.per_layer.items() if o not in known})
+        fresh = Applied({}) if known and not missing.per_layer else self._apply(model, missing)
+        for owner, applied in self._with_tensors(model, missing, fresh):
+            self.store.save_numbers(self.prefix, keys[owner], applied)
+        return _merged(step, [fresh, *known.values()])
+
+    def _with_tensors(self, model: nn.Module, step: Step, applied: Applied) -> Iterator[tuple[str, Applied]]:
+        """By owner, what is worth storing."""
+        if not any(numbers.tensors() for numbers in applied.numbers.values()):
+            return
+        groups = self.compressors[step.method].groups(model, self.context.example)
+        for owner in step.per_layer:
+            numbers = {layer: applied.numbers[layer] for layer in groups[owner] if layer in applied.numbers}
+            if any(given.tensors() for given in numbers.values()):
+                yield owner, Applied({owner: applied.achieved[owner]}, numbers)
+
+    def _recover(self, model: nn.Module) -> dict[str, Achieved]:
+        """Train on from the furthest point that is stored; what each method achieved."""
+        way = list(self._way())
+        passed, achieved = self._furthest(way, model)
+        for leg in way[passed:]:
+            achieved[leg.step.method] = self._advance(model, leg).achieved
+            self.store.save(leg.prefix, model, achieved)
+            if not leg.last:
+                self.context.after_round(model, leg.step)
+        return achieved
+
+    def _way(self) -> Iterator[_Leg]:
+        before = self.of_stage(Stage.STRUCTURE)
+        for step in self.of_stage(Stage.RECOVER):
+            method = self.compressors[step.method]
+            rounds = method.rounds(step) if isinstance(method, Growing) else (step,)
+            since: Step | None = None
+            for end in rounds:
+                yield _Leg(prefix_digest([*before, end], self.plan.seed), end, since, last=end == step)
+                since = end
+            before.append(step)
+
+    def _furthest(self, way: Sequence[_Leg], model: nn.Module) -> tuple[int, dict[str, Achieved]]:
+        """How many legs are behind the stored weights that `model` now has."""
+        for passed in range(len(way), 0, -1):
+            known = self.store.load(way[passed - 1].prefix, model)
+            if known is not None:
+                return passed, dict(known)
+        return 0, {}
+
+    def _advance(self, model: nn.Module, leg: _Leg) -> Applied:
+        method = self.compressors[leg.step.method]
+        if not isinstance(method, Growing):
+            return self._apply(model, leg.step)
+        with self._working(leg.step):
+            return method.advance(model, leg.step, leg.since, self.context, self.plan.seed)
+
+    def _apply(self, model: nn.Module, step: Step) -> Applied:
+        with self._working(step):
+            return self.compressors[step.method].apply(model, step, self.context, self.plan.seed)
+
+    @contextmanager
+    def _working(self, step: Step) -> Iterator[None]:
+        began = time.perf_counter()
+        # The global generator is what dropout and data shuffling draw from; a fork keeps the caller's state.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.plan.seed)
+            yield
+        self.seconds[step.method] = self.seconds.get(step.method, 0.0) + time.perf_counter() - began
+
+
+def _merged(step: Step, parts: Sequence[Applied]) -> Applied:
+    achieved = {name: settings for part in parts for name, settings in part.achieved.items()}
+    numbers = {layer: given for part in parts for layer, given in part.numbers.items()}
+    return Applied({owner: achieved[owner] for owner in step.per_layer} or achieved, numbers)
+
+
+class _Nothing:
+    """A store that keeps nothing."""
+
+    def recall(self, prefix: str) -> None: ...
+
+    def remember(self, prefix: str, made: FloatModel) -> None: ...
+
+    def load(self, prefix: str, model: nn.Module) -> None: ...
+
+    def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None: ...
+
+    def load_numbers(self, prefix: str, key: str) -> None: ...
+
+    def save_numbers(self, prefix: str, key: str, applied: Applied) -> None: ...

@@ -3,6 +3,7 @@
 Every runtime starts here; nothing in this file knows a runtime.
 """
 
+import os
 import re
 import tempfile
 import warnings
@@ -44,6 +45,7 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         make(made)
+        _settle(made)
         try:
             made.replace(target)
         except OSError:
@@ -51,6 +53,13 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+def _settle(made: Path) -> None:
+    # A name can reach the disk before the bytes: without this, a machine that loses power keeps torn files for good.
+    for path in filter(Path.is_file, (made, *made.rglob("*"))):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def _export(model: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:

@@ -86,7 +86,8 @@ class OpenVINO:
 
     def _write_int8(self, base: Path, context: Context, made: Path) -> None:
         batches = calibration_arrays(context.calibration, self.calibration_examples)
-        _save(_quantize(_read(base), batches), made, half=False)
+        # A clone, because NNCF leaves marks in the graph it is given, and later files would tell of them.
+        _save(_quantize(_read(base).clone(), batches), made, half=False)
 
 
 def load_openvino(folder: str, precision: str, batch: int | None, threads: int) -> "Session":

@@ -13,7 +13,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +26,7 @@ from evaluators.machine import machine, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from evaluators.score import Score
-from search.cache import WeightStore
+from search.cache import Cache
 from search.conclude import Selection
 from search.ladder import Ladder
 from search.models import check_model, load_checkpoint
@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "study": ((str,), "give a name"),
     "seed": ((int,), "give a whole number"),
     "recovery_batch": ((int,), "give a whole number"),
+    "cache_gb": ((int, float), "give a number of gigabytes"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
@@ -87,7 +88,7 @@ def build(
         _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
     tracker: Tracker = make("tracking", config.tracking)
     rule = make("rule", config.rule)
-    _sampler(config, None, ())  # a wrong argument shows before any work
+    guided = isinstance(_plain_sampler(config, config.seed), GuidedSampler)
     for name in rule.needs():
         _known(f"rule: {name}", name, _metrics(evaluators))
     ladder = _ladder(config, objectives, bounds, rule.speed)
@@ -109,9 +110,10 @@ def build(
     prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
     shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
-    known = guide(workload, layers, compressors, space, cache) if _is_guided(config) else None
+    known = guide(workload, layers, compressors, space, cache) if guided else None
+    store = Cache(shared, config.cache_gb * 1e9)
     workbench = Workbench(
-        workload, compressors, runtimes, evaluators, environment, shared, WeightStore(shared), config.recovery_batch
+        workload, compressors, runtimes, evaluators, environment, shared, store, config.recovery_batch
     )
     return Search(
         name=str(config.study),
@@ -197,7 +199,7 @@ def open_tracker(config: DictConfig) -> Tracker:
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
     stored = cast(DictConfig, OmegaConf.create(text))
-    for name in ("folder", "cache", "storage", "tracking", "ladder"):
+    for name in ("folder", "cache", "cache_gb", "storage", "tracking", "ladder"):
         stored[name] = config[name]
     return stored
 
@@ -228,24 +230,24 @@ def _check(config: DictConfig) -> None:
             raise ConfigError(path, "is not set" if value is None else f"is {value!r}", remedy)
     if config.recovery_batch < 1:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
+    if not config.cache_gb > 0:
+        raise ConfigError("cache_gb", f"is {config.cache_gb}", "give a number above 0")
 
 
 def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:
     """How to make the sampler of a worker that comes when there are so many trials."""
-    node = {**_plain(config.sampler), "_partial_": False}
 
     def sampler(trials: int) -> Any:
-        # The guided sampler tells trials apart by itself, and must propose the same from the same trials.
-        if _is_guided(config):
-            return make("sampler", {**node, "seed": config.seed, "_partial_": True})(known, roles)
-        return make("sampler", {**node, "seed": config.seed + trials})
+        if known is not None:
+            # It tells trials apart by itself, and must propose the same from the same trials.
+            return _plain_sampler(config, config.seed).guided_by(known, roles)
+        return _plain_sampler(config, config.seed + trials)
 
-    sampler(0)
     return sampler
 
 
-def _is_guided(config: DictConfig) -> bool:
-    return get_class(config.sampler._target_) is GuidedSampler
+def _plain_sampler(config: DictConfig, seed: int) -> Any:
+    return make("sampler", {**_plain(config.sampler), "_partial_": False, "seed": seed})
 
 
 def _role(metric: Metric, quality: str) -> Role:

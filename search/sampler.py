@@ -59,6 +59,10 @@ class GuidedSampler(BaseSampler):
         self._proposed: tuple[int, Answers] | None = None
         self._rest: tuple[int, Study] | None = None
 
+    def guided_by(self, guide: Guide, roles: Sequence[Role]) -> "GuidedSampler":
+        """The same with a guide."""
+        return GuidedSampler(guide, roles, self.tolerance, self.seed)
+
     def reseed_rng(self) -> None:
         """For workers that were forked: each goes its own way."""
         self.seed = int(np.random.SeedSequence().generate_state(1)[0])

@@ -317,7 +317,6 @@ class _Loop:
             self.run, len(self.records), {"trials": len(self.records), "front": len(on_front), **best}
         )
 
-
     def _save_front(self) -> None:
         """The best so far, on disk and in the tracker: whatever happens next, this is there."""
         text = json.dumps([_row(r, self.search.objectives) for r in self.search.front(self.records)], indent=1)

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Protocol
 import torch
 
 from compressors.errors import Infeasible
-from compressors.pipeline import Artifact, Batch, Compressor, Context, PrefixStore, compress
+from compressors.pipeline import Artifact, Batch, Compressor, Context, compress, prefix_of
 from compressors.plan import CompressionPlan, Scalar, Settings, Target
 from evaluators.divergence import Divergence
 from evaluators.evaluation import Evaluator, Examples, Gradual
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
+from search.cache import Cache
 from search.workload import Workload
 
 
@@ -126,7 +127,11 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every trial of a study has in common."""
+    """What every trial of a study has in common.
+
+    Runtimes keep what belongs to a prefix below `cache`, in the entries of `store`; without a store nothing is trained
+    only once and nothing ever removed.
+    """
 
     workload: Workload
     compressors: Mapping[str, Compressor]
@@ -134,7 +139,7 @@ class Workbench:
     evaluators: Mapping[str, Evaluator]
     environment: Mapping[str, Scalar]
     cache: Path
-    store: PrefixStore | None = None
+    store: Cache | None = None
     batch: int = 64
 
     def run(
@@ -182,14 +187,17 @@ class Workbench:
     def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
         """Compress and deploy; `folder` must be empty."""
         context = self._context(clock)
-        with clock.timed("compress"):
-            artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
-        with clock.timed("deploy"):
-            deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
+        with self.store.in_use(prefix_of(plan, self.compressors)) if self.store else nullcontext():
+            with clock.timed("compress"):
+                artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
+            with clock.timed("deploy"):
+                deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
         return artifact, deployed
 
     def reference(self, target: Target, clock: Clock) -> Deployed:
         """The uncompressed model at `target`, kept in the cache: what latencies are ratios to."""
+        if self.store:
+            self.store.keep("reference")
         folder = self.cache / "reference" / target.runtime
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
@@ -272,7 +280,9 @@ class Workbench:
         return self.examples("calibration")
 
     def close(self) -> None:
-        """Let every evaluator give back what it holds."""
+        """Let every evaluator give back what it holds, and the reference go."""
+        if self.store:
+            self.store.close()
         for evaluator in self.evaluators.values():
             evaluator.close()
 

@@ -127,3 +127,16 @@ def test_a_recorded_study_is_read_with_the_folders_at_hand(store: Path) -> None:
 def test_what_fits_nothing_is_named_with_what_would(words: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         build.compose(words)
+
+
+def test_the_cache_has_a_bound(store: Path) -> None:
+    kept = built(store, "cache_gb=1.5").workbench.store
+    assert kept is not None
+    assert kept.limit_bytes == 1.5e9
+    assert kept.folder == built(store, "cache_gb=3").workbench.cache
+
+
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", "null", "much"])
+def test_a_cache_without_room_is_refused(value: str, store: Path) -> None:
+    with pytest.raises(ConfigError, match="cache_gb"):
+        built(store, f"cache_gb={value}")

@@ -16,7 +16,7 @@ from torch import nn
 import conf
 from compressors.errors import Infeasible
 from compressors.layers import read_layers
-from compressors.pipeline import Artifact, Compressor, compress
+from compressors.pipeline import Artifact, Compressor, Growing, Stage, compress
 from compressors.plan import CompressionPlan, Scalar, Step, Target
 from tests.context import make_context
 from tests.zoo import NETS, build, images
@@ -172,6 +172,68 @@ def test_achieved_names_every_requested_layer(name: str, net: str, strength: str
     asked = step(name, net, strength)
     achieved = outcome(name, net, strength)[1].achieved[name]
     assert achieved.keys() == (asked.per_layer.keys() if method(name).keys(per_layer=True) else {""})
+
+
+numeric = pytest.mark.parametrize(
+    "name", [file.stem for file in FILES if method(file.stem).compressor.stage is Stage.NUMERIC]
+)
+growing = pytest.mark.parametrize(
+    "name", [file.stem for file in FILES if isinstance(method(file.stem).compressor, Growing)]
+)
+
+
+@numeric
+@every_net
+@every_strength
+def test_numbers_of_a_layer_depend_on_its_own_settings_only(name: str, net: str, strength: str) -> None:
+    """The pipeline stores them one by one."""
+    model, asked = build(net), step(name, net, strength)
+    together = outcome(name, net, strength)[1]
+    numbers: dict[str, tuple[object, ...]] = {}
+    for owner, settings in asked.per_layer.items():
+        alone = run(model, Step(name, {owner: settings}, asked.shared))
+        assert alone.achieved[name] == {owner: together.achieved[name][owner]}
+        assert alone.numbers.keys() <= set(method(name).compressor.groups(model, (images(),))[owner])
+        numbers.update(_plain(alone))
+    assert numbers == _plain(together)
+
+
+@numeric
+@every_net
+@every_strength
+def test_numbers_leave_the_model_alone(name: str, net: str, strength: str) -> None:
+    model = build(net)
+    method(name).compressor.apply(model, step(name, net, strength), make_context(build(net)), 0)
+    assert same_state(model, build(net))
+
+
+@growing
+@every_net
+def test_more_recovery_goes_on_from_less(name: str, net: str) -> None:
+    compressor, whole = method(name).compressor, build(net)
+    assert isinstance(compressor, Growing)
+    asked, context = step(name, net, "strongest"), make_context(build(net))
+    *_, last = compressor.rounds(asked)
+    assert last == asked
+    compressor.apply(whole, asked, context, 3)
+    since: Step | None = None
+    made = build(net)
+    for end in compressor.rounds(asked):
+        # What another process would find: the state, and nothing else.
+        taken_up = build(net, seed=1)
+        taken_up.load_state_dict(made.state_dict())
+        compressor.advance(taken_up, end, since, context, 3)
+        made, since = taken_up, end
+    assert same_state(made, whole)
+
+
+@growing
+def test_rounds_of_a_round_are_those_before_it(name: str) -> None:
+    compressor = method(name).compressor
+    assert isinstance(compressor, Growing)
+    rounds = compressor.rounds(step(name, "plain", "strongest"))
+    for passed, end in enumerate(rounds, start=1):
+        assert compressor.rounds(end) == rounds[:passed]
 
 
 def _impossible() -> list[tuple[str, str]]:

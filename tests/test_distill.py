@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.distill import Distill, distillation_loss, schedule
-from compressors.errors import Infeasible
+from compressors.errors import ConfigError, Infeasible
 from compressors.pipeline import Batch, Compressor, Context, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
+from search.cache import Cache
 from tests.context import make_context
 from tests.zoo import CLASSES, build, images
 
-METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=8192)
+METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=8192, first_round=2)
 GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.01}
 
 
@@ -144,6 +146,92 @@ def test_the_seed_decides_the_order_of_the_data() -> None:
     assert changed(models[0], models[2])
 
 
+def epochs_of(steps: tuple[Step, ...]) -> list[Scalar]:
+    return [step.shared["epochs"] for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ends"),
+    [(0, [0]), (1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4]), (12, [2, 4, 8, 12]), (16, [2, 4, 8, 16])],
+)
+def test_rounds_double(epochs: int, ends: list[int]) -> None:
+    step = Step("distill", {}, GOOD | {"epochs": epochs})
+    assert epochs_of(METHOD.rounds(step)) == ends
+    assert METHOD.rounds(step)[-1] is step
+    assert all({**end.shared, "epochs": epochs} == step.shared for end in METHOD.rounds(step))
+
+
+def test_the_first_round_can_be_longer() -> None:
+    assert epochs_of(replace(METHOD, first_round=3).rounds(Step("distill", {}, GOOD | {"epochs": 13}))) == [
+        3,
+        6,
+        12,
+        13,
+    ]
+
+
+def test_rounds_without_an_epoch_are_refused() -> None:
+    with pytest.raises(ConfigError, match="first_round: is 0"):
+        replace(METHOD, first_round=0)
+
+
+def test_the_rate_rises_and_falls_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = Distill._step
+
+    def noting(self: Distill, *arguments: Any) -> float:
+        rates.append(arguments[-1])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Distill, "_step", noting)
+    model = build("plain")
+    METHOD.apply(model, Step("distill", {}, GOOD | {"epochs": 8}), make_context(model, count=32, size=8), seed=0)
+    # Four steps an epoch.
+    for begin, end in ((0, 8), (8, 16), (16, 32)):
+        peak = rates.index(max(rates[begin:end]), begin)
+        assert peak - begin < 0.2 * (end - begin)
+        assert rates[peak:end] == sorted(rates[peak:end], reverse=True)
+        assert rates[peak] > 0.9 * float(GOOD["learning_rate"])
+        assert rates[end - 1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("net", ["residual", "tied", "attention"])
+@pytest.mark.parametrize(("first", "second"), [(4, 8), (2, 3), (8, 4)])
+def test_more_epochs_go_on_where_fewer_ended_to_the_last_bit(net: str, first: int, second: int, tmp_path: Path) -> None:
+    """Stored by one process, taken up by another, against trained in one go."""
+    model = build(net)
+    methods: dict[str, Compressor] = {"prune": Prune(), "distill": METHOD}
+    owners = Prune().groups(model, (images(),))
+    cut = Step("prune", {owner: {"sparsity": 0.5} for owner in owners}, {"align": 4})
+
+    def recovered(epochs: int, store: Cache | None, lines: list[str]) -> nn.Module:
+        steps = (cut, Step("distill", {}, GOOD | {"epochs": epochs}))
+        context = replace(make_context(model), progress=lines.append)
+        return compress(model, CompressionPlan(Target("any", "fp32"), steps, 5), methods, context, store).model
+
+    recovered(first, Cache(tmp_path), [])
+    lines: list[str] = []
+    resumed = recovered(second, Cache(tmp_path), lines)
+    assert len(lines) == max(0, second - first)
+    whole = recovered(second, None, [])
+    assert resumed.state_dict().keys() == whole.state_dict().keys()
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_rounds_see_the_data_in_other_orders() -> None:
+    orders: list[Tensor] = []
+    context = make_context(build("plain"))
+
+    def train() -> Iterator[Batch]:
+        orders.append(torch.get_rng_state())
+        return iter(context.train())
+
+    distill(build("plain"), replace(context, train=train), epochs=4)
+    # A round counts its steps in a pass of its own before it trains.
+    assert len(orders) == 6
+    assert not torch.equal(orders[0], orders[3])
+
+
 def test_every_epoch_is_announced() -> None:
     lines: list[str] = []
     achieved = distill(build("plain"), replace(make_context(build("plain")), progress=lines.append), epochs=2)
@@ -177,7 +265,7 @@ def test_labels_count_where_there_are_some() -> None:
 def test_divergence_is_infeasible_at_once() -> None:
     context = replace(make_context(build("plain")), loss=lambda output, _target: output.sum() * math.inf)
     model = build("plain")
-    with pytest.raises(Infeasible, match=r"loss is (nan|-?inf) in epoch 1 of 3"):
+    with pytest.raises(Infeasible, match=r"loss is (nan|-?inf) in epoch 1$"):
         distill(model, context, epochs=3)
     assert not model.training
 

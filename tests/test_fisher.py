@@ -1,7 +1,8 @@
-"""Predicted rises of the loss: against formulas on nets small enough to know, and against measurements on a trained one."""
+"""Predicted rises of the loss, against formulas on small nets and against measurements on a trained one."""
 
 import copy
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from compressors.quantize import Quantize, dequantize, quantize_groups
 
 
 def batches(inputs: Tensor) -> list[tuple[tuple[Tensor, ...], Tensor | None]]:
-    return [((part,), None) for part in inputs.split(16)]
+    return [((part,), None) for part in torch.chunk(inputs, max(1, len(inputs) // 16))]
 
 
 def test_squares_are_the_fisher_information_of_a_logistic_regression() -> None:
@@ -108,8 +109,8 @@ def divergence(model: nn.Module, moved: nn.Module, inputs: Tensor) -> float:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(x)) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 @cache
@@ -123,12 +124,12 @@ def trained() -> tuple[nn.Module, Tensor]:
         widths = [1, 16, 16, 32, 32]
         convs = [
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         ]
         model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         for _ in range(6):
-            for rows in torch.randperm(1500).split(50):
+            for rows in torch.randperm(1500).reshape(30, 50):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(images[rows]), labels[rows])
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves this one untyped

@@ -1,11 +1,12 @@
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from compressors.errors import Infeasible
 from compressors.pipeline import (
     ORIGINAL,
     Achieved,
@@ -13,9 +14,11 @@ from compressors.pipeline import (
     Artifact,
     Compressor,
     Context,
+    FloatModel,
     LayerNumbers,
     Stage,
     compress,
+    prefix_of,
 )
 from compressors.plan import CompressionPlan, Scalar, Step, Target
 from tests.context import make_context
@@ -70,11 +73,62 @@ class Count(Recorder):
         return Applied({"head": {"bits": bits}}, {"head": LayerNumbers(bits)})
 
 
+class Climb(Recorder):
+    """Adds noise in rounds that end at 2, 4 and 8 `add`; the noise of a round depends on where it begins."""
+
+    method, stage = "climb", Stage.RECOVER
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        since: Step | None = None
+        for end in self.rounds(step):
+            applied, since = self.advance(model, end, since, context, seed), end
+        return applied
+
+    def rounds(self, step: Step) -> tuple[Step, ...]:
+        ends = [end for end in (2, 4, 8) if end < int(step.shared["add"])]
+        return (*(Step("climb", {}, {"add": end}) for end in ends), step)
+
+    def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
+        begin = int(since.shared["add"]) if since else 0
+        self.calls.append(f"climb {begin}-{step.shared['add']}")
+        noise = torch.randn(5, generator=torch.Generator().manual_seed(100 * seed + begin))
+        with torch.no_grad():
+            model.get_parameter("head.bias").add_(noise)
+        return Applied({"": {"add": step.shared["add"]}})
+
+
+class Weigh(Recorder):
+    """Numeric: at 4 bits an owner gets a tensor, at 8 none; `head` stands for itself and for `twin`."""
+
+    method, stage = "weigh", Stage.NUMERIC
+
+    def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
+        return {"head": ("head", "twin"), "a.0": ("a.0",), "b.0": ("b.0",)}
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        self.calls.append(f"weigh {' '.join(step.per_layer)}".strip())
+        numbers: dict[str, LayerNumbers] = {}
+        for owner, settings in step.per_layer.items():
+            bits = int(settings["bits"])
+            values = torch.full((2,), float(model.get_parameter(f"{owner}.weight").sum())) if bits == 4 else None
+            members = self.groups(model, context.example)[owner]
+            numbers.update(dict.fromkeys(members, LayerNumbers(bits, values)))
+        return Applied({owner: {"bits": s["bits"]} for owner, s in step.per_layer.items()}, numbers)
+
+
 @dataclass
 class Shelf:
-    """A prefix store in memory."""
+    """A store in memory."""
 
     kept: dict[str, tuple[dict[str, Tensor], Mapping[str, Achieved]]] = field(default_factory=dict)
+    models: dict[str, FloatModel] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], Applied] = field(default_factory=dict)
+
+    def recall(self, prefix: str) -> FloatModel | None:
+        return self.models.get(prefix)
+
+    def remember(self, prefix: str, made: FloatModel) -> None:
+        self.models[prefix] = made
 
     def load(self, prefix: str, model: nn.Module) -> Mapping[str, Achieved] | None:
         if prefix not in self.kept:
@@ -84,7 +138,20 @@ class Shelf:
         return achieved
 
     def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None:
-        self.kept[prefix] = ({k: v.clone() for k, v in model.state_dict().items()}, achieved)
+        self.kept[prefix] = ({k: v.clone() for k, v in model.state_dict().items()}, dict(achieved))
+
+    def load_numbers(self, prefix: str, key: str) -> Applied | None:
+        return self.numbers.get((prefix, key))
+
+    def save_numbers(self, prefix: str, key: str, applied: Applied) -> None:
+        self.numbers[prefix, key] = applied
+
+
+class Disk(Shelf):
+    """What another process finds: nothing in memory."""
+
+    def recall(self, prefix: str) -> FloatModel | None:
+        return None
 
 
 SHAPE, TEACH, EIGHT, FOUR = (
@@ -95,10 +162,42 @@ SHAPE, TEACH, EIGHT, FOUR = (
 )
 
 
-def run(*steps: Step, seed: int = 0, calls: list[str] | None = None, store: Shelf | None = None) -> Artifact:
+METHODS: tuple[type[Recorder], ...] = (Shape, Teach, Climb, Count, Weigh)
+
+
+def climb(epochs: int) -> Step:
+    return Step("climb", {}, {"add": epochs})
+
+
+def weigh(group_size: int = 32, **bits: int) -> Step:
+    """Owners are named with `_` for the dot."""
+    return Step("weigh", {o.replace("_", "."): {"bits": b} for o, b in bits.items()}, {"group_size": group_size})
+
+
+def plan_of(*steps: Step, seed: int = 0) -> CompressionPlan:
+    return CompressionPlan(Target("any", "fp32"), steps, seed)
+
+
+def run(
+    *steps: Step,
+    seed: int = 0,
+    calls: list[str] | None = None,
+    store: Shelf | None = None,
+    after_round: Callable[[nn.Module, Step], None] = lambda _model, _step: None,
+) -> Artifact:
     model, calls = build("plain"), [] if calls is None else calls
-    methods: dict[str, Compressor] = {m.method: m(calls) for m in (Shape, Teach, Count)}
-    return compress(model, CompressionPlan(Target("any", "fp32"), steps, seed), methods, make_context(model), store)
+    methods: dict[str, Compressor] = {m.method: m(calls) for m in METHODS}
+    context = replace(make_context(model), after_round=after_round)
+    return compress(model, plan_of(*steps, seed=seed), methods, context, store)
+
+
+def prefix(*steps: Step, seed: int = 0) -> str:
+    return prefix_of(plan_of(*steps, seed=seed), {m.method: m([]) for m in METHODS})
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_stages_decide_the_order() -> None:
@@ -162,9 +261,9 @@ def test_the_callers_random_state_neither_counts_nor_changes() -> None:
 
 def test_a_stored_prefix_is_not_trained_again() -> None:
     calls: list[str] = []
-    shelf = Shelf()
-    first = run(SHAPE, TEACH, EIGHT, calls=calls, store=shelf)
-    second = run(SHAPE, TEACH, FOUR, calls=calls, store=shelf)
+    disk = Disk()
+    first = run(SHAPE, TEACH, EIGHT, calls=calls, store=disk)
+    second = run(SHAPE, TEACH, FOUR, calls=calls, store=disk)
     assert calls == ["shape", "teach", "count", "shape", "count"]
     assert torch.equal(first.model(images()), second.model(images()))
     assert second.achieved["teach"] == first.achieved["teach"]
@@ -172,7 +271,139 @@ def test_a_stored_prefix_is_not_trained_again() -> None:
     assert not any(p.requires_grad for p in second.model.parameters())
 
 
+def test_a_float_model_in_memory_is_taken_as_it_is() -> None:
+    calls: list[str] = []
+    shelf = Shelf()
+    first = run(SHAPE, TEACH, EIGHT, calls=calls, store=shelf)
+    second = run(SHAPE, TEACH, FOUR, calls=calls, store=shelf)
+    assert calls == ["shape", "teach", "count", "count"]
+    assert second.model is first.model
+    assert second.achieved == {**first.achieved, "count": {"head": {"bits": 4}}}
+    assert run(SHAPE, EIGHT, calls=calls, store=shelf).model is not first.model
+
+
 def test_what_needs_no_training_is_not_stored() -> None:
     shelf = Shelf()
     run(SHAPE, EIGHT, store=shelf)
     assert not shelf.kept
+
+
+def test_recovery_passes_through_shorter_ones() -> None:
+    disk, calls = Disk(), list[str]()
+    run(SHAPE, climb(8), calls=calls, store=disk)
+    assert calls == ["shape", "climb 0-2", "climb 2-4", "climb 4-8"]
+    assert set(disk.kept) == {prefix(SHAPE, climb(epochs)) for epochs in (2, 4, 8)}
+    for epochs in (2, 4, 8):
+        state, achieved = disk.kept[prefix(SHAPE, climb(epochs))]
+        alone = run(SHAPE, climb(epochs))
+        assert all(torch.equal(state[name], value) for name, value in alone.model.state_dict().items())
+        assert achieved == {"climb": {"": {"add": epochs}}} == {"climb": alone.achieved["climb"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "trained"),
+    [(8, 4, []), (8, 2, []), (4, 8, ["climb 4-8"]), (2, 8, ["climb 2-4", "climb 4-8"]), (4, 3, ["climb 2-3"])],
+)
+def test_only_what_is_missing_is_trained(before: int, after: int, trained: list[str]) -> None:
+    disk, calls = Disk(), list[str]()
+    run(climb(before), store=disk)
+    artifact = run(climb(after), calls=calls, store=disk)
+    assert calls == trained
+    assert same(artifact.model, run(climb(after)).model)
+    assert artifact.achieved == {"climb": {"": {"add": after}}}
+
+
+def test_all_rounds_together_are_what_apply_does() -> None:
+    model = build("plain")
+    Climb([]).apply(model, climb(8), make_context(model), 3)
+    assert same(run(climb(8), seed=3).model, model)
+
+
+def test_another_seed_or_structure_shares_no_round() -> None:
+    disk, calls = Disk(), list[str]()
+    run(climb(4), store=disk)
+    run(climb(4), calls=calls, store=disk, seed=1)
+    run(SHAPE, climb(4), calls=calls, store=disk)
+    assert calls == ["climb 0-2", "climb 2-4", "shape", "climb 0-2", "climb 2-4"]
+
+
+def test_every_recovery_method_is_stored_by_itself() -> None:
+    disk, calls = Disk(), list[str]()
+    run(TEACH, climb(2), store=disk)
+    artifact = run(TEACH, climb(4), calls=calls, store=disk)
+    assert calls == ["climb 2-4"]
+    assert artifact.achieved == {"teach": {"": {"add": 0.25}}, "climb": {"": {"add": 4}}}
+    assert run(TEACH, calls=calls, store=disk).achieved == {"teach": {"": {"add": 0.25}}}
+    assert calls == ["climb 2-4"]
+
+
+def test_somebody_may_look_after_every_new_round_but_the_last() -> None:
+    disk, seen = Disk(), list[Step]()
+    run(climb(2), store=disk)
+    run(climb(8), store=disk, after_round=lambda _model, step: seen.append(step))
+    assert seen == [climb(4)]
+
+
+def test_a_look_sees_the_model_of_that_round() -> None:
+    seen: list[Tensor] = []
+    run(climb(8), after_round=lambda model, _step: seen.append(model(images()).detach()))
+    assert [bool(torch.equal(a, run(climb(n)).model(images()))) for a, n in zip(seen, (2, 4), strict=True)] == [
+        True
+    ] * 2
+
+
+def test_a_training_that_is_ended_leaves_its_rounds() -> None:
+    disk, calls = Disk(), list[str]()
+
+    def enough(_model: nn.Module, step: Step) -> None:
+        if step == climb(4):
+            raise Infeasible("enough")
+
+    with pytest.raises(Infeasible, match="enough"):
+        run(climb(8), calls=calls, store=disk, after_round=enough)
+    run(climb(8), calls=calls, store=disk)
+    assert calls == ["climb 0-2", "climb 2-4", "climb 4-8"]
+
+
+def test_numbers_that_are_stored_are_not_asked_for_again() -> None:
+    disk, calls = Disk(), list[str]()
+    first = run(SHAPE, weigh(a_0=4, b_0=4), calls=calls, store=disk)
+    second = run(SHAPE, weigh(b_0=4, head=4, a_0=8), calls=calls, store=disk)
+    again = run(SHAPE, weigh(b_0=4, head=4), calls=calls, store=disk)
+    assert calls == ["shape", "weigh a.0 b.0", "shape", "weigh head a.0", "shape"]
+    assert list(second.achieved["weigh"].items()) == [
+        (o, {"bits": b}) for o, b in (("b.0", 4), ("head", 4), ("a.0", 8))
+    ]
+    assert second.numbers["b.0"] == first.numbers["b.0"]
+    assert again.numbers == {name: second.numbers[name] for name in ("b.0", "head", "twin")}
+    assert again.achieved["weigh"] == {"b.0": {"bits": 4}, "head": {"bits": 4}}
+
+
+def test_the_order_of_numbers_does_not_tell_what_was_stored() -> None:
+    disk = Disk()
+    run(weigh(head=4), store=disk)
+    assert list(run(weigh(b_0=4, head=4, a_0=4), store=disk).numbers) == list(run(weigh(b_0=4, head=4, a_0=4)).numbers)
+
+
+def test_numbers_without_tensors_are_not_stored() -> None:
+    disk = Disk()
+    run(weigh(a_0=8, b_0=8), EIGHT, store=disk)
+    assert not disk.numbers
+
+
+@pytest.mark.parametrize(
+    ("steps", "seed"), [((SHAPE, weigh(a_0=4)), 0), ((weigh(group_size=64, a_0=4),), 0), ((weigh(a_0=4),), 1)]
+)
+def test_numbers_belong_to_their_prefix_settings_and_seed(steps: tuple[Step, ...], seed: int) -> None:
+    disk, calls = Disk(), list[str]()
+    run(weigh(a_0=4), store=disk)
+    run(*steps, seed=seed, calls=calls, store=disk)
+    assert calls[-1:] == ["weigh a.0"]
+    assert len(disk.numbers) == 2
+
+
+def test_a_numeric_method_without_layers_is_always_asked() -> None:
+    disk, calls = Disk(), list[str]()
+    for _ in range(2):
+        assert run(EIGHT, calls=calls, store=disk).numbers == {"head": LayerNumbers(8)}
+    assert calls == ["count", "count"]

@@ -219,6 +219,14 @@ def test_the_same_plan_gives_the_same_file_also_without_the_cache(plain: Bench) 
     assert first.sha256 == second.sha256 == anew.sha256
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_files_do_not_depend_on_what_was_deployed_before(runtime: str, tmp_path: Path) -> None:
+    bench = Bench(runtime, "plain", tmp_path)
+    before = bench.deploy({}).sha256
+    bench.deploy(bench.int8())
+    assert bench.deploy({}).sha256 == before
+
+
 def test_the_files_do_not_depend_on_the_process(benches: dict[tuple[str, str], Bench], tmp_path: Path) -> None:
     program = """
 import sys

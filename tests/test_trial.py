@@ -12,6 +12,7 @@ from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Deployed
 from evaluators.size import Size
+from search.cache import Cache
 from search.trial import Clock, Look, Stop, TrialRecord, Workbench
 from tests.studies import ACCURACY, RATIO, Gradually, make_search, refuse
 
@@ -138,6 +139,29 @@ def test_the_reference_lies_in_the_cache_and_is_made_anew(tmp_path: Path) -> Non
     assert first.folder.is_relative_to(tmp_path / "cache")
     assert first.sha256 == second.sha256
     assert counts == [0, 0]
+
+
+def test_an_entry_cannot_vanish_while_its_trial_is_deployed_and_may_afterwards(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "0123456789abcdef"
+    crowded = Cache(folder, limit_bytes=0.5)
+    there: list[list[str]] = []
+
+    def look(count: int) -> None:
+        if count:
+            Cache(folder, limit_bytes=0.5).shrink()
+            there.append(sorted(entry.name for entry in folder.iterdir()))
+
+    bench = replace(make_search(tmp_path, 1, look).workbench, cache=folder, store=crowded)
+    for name in ("original", "other"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "float.onnx").write_bytes(b"x")
+    record, _, _ = carried_out(bench, INT8, tmp_path)
+    assert record.infeasible is None
+    assert there == [["original", "reference"]]
+    assert [entry.name for entry in folder.iterdir()] == ["reference"]
+    bench.close()
+    crowded.shrink()
+    assert not list(folder.iterdir())
 
 
 def test_examples_carry_what_the_uncompressed_model_says(tmp_path: Path) -> None:
