@@ -295,6 +295,8 @@ def _measured(search: Search, reference: Deployed, number: int, entry: Entry, ou
     try:
         measurements = [m for e in bench.evaluators.values() for m in e.measure(deployed, reference, examples)]
     except Infeasible as infeasible:
+        if infeasible.transient:
+            raise  # a busy machine must not count against the tool: there will be no result, and it is run again
         return Finished(number, plan.digest, entry.at - began, None, infeasible.reason)
     record = TrialRecord(number, plan, tuple(measurements), None, {}, {}, bench.environment)
     return Finished(number, plan.digest, entry.at - began, record)

@@ -10,7 +10,7 @@ from optuna.trial import FixedTrial
 
 from compressors.errors import ConfigError
 from scripts import compare
-from scripts.contestant import WORKLOADS, Job, run_tool, searched, written
+from scripts.contestant import WORKLOADS, Job, Outcome, run_tool, searched, written
 from scripts.rivals.environment import PACKAGES, script
 from scripts.rivals.exchange import Exchange, handed_in
 from scripts.summary import Scale, first_to_reach, save, summarise, with_hypervolumes
@@ -173,7 +173,10 @@ def test_a_search_becomes_trials_and_a_front_with_its_test_quality(store: Path, 
         assert found["test"] == found["quality"]  # of stand-ins that look at the file alone
         assert (one.models / str(found["number"]) / "model.json").exists()
     assert with_hypervolumes(told)["validation_hypervolume"] > 0
-    assert json.loads(json.dumps(told)) is not None
+    assert told["scale"]["test"] == (0.95, 1.0)
+    relative = written(job(tmp_path, workload="fashion_mnist"), search, Outcome([], {}, {}))
+    assert relative["scale"]["test"] == pytest.approx((0.95 * 0.99, 0.99))  # 0.99 is the uncompressed stand-in's
+    assert relative["front"] == relative["trials"] == []
 
 
 def test_what_ends_after_the_budget_does_not_count(store: Path, tmp_path: Path) -> None:
