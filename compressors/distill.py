@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.errors import Infeasible, at_least
+from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.pipeline import Applied, Batch, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
+PASSES = 4
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -38,7 +42,8 @@ class Distill:
     It trains in rounds that end after `first_round` epochs, twice as many, four times as many and so on; the last one
     is cut short. Each begins with a fresh optimizer (SGDR with doubling periods, Loshchilov 2017, arXiv 1608.03983), so
     that more epochs of one plan go on where fewer ended. Unlike in SGDR, the learning rate of a round rises linearly
-    over its first `warmup` share of steps before it falls along half a cosine.
+    over its first `warmup` share of steps before it falls along half a cosine. With `precision` bf16, convolutions and
+    matrix products are computed in bfloat16, which `auto` takes where the processor does so natively.
     """
 
     weight_decay: float
@@ -46,14 +51,19 @@ class Distill:
     clip_norm: float
     epoch_examples: int
     first_round: int
+    precision: str = "auto"
 
     method: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.RECOVER
     off: ClassVar[tuple[str, Scalar]] = ("epochs", 0)
 
     def __post_init__(self) -> None:
-        """Refuses rounds without an epoch."""
-        at_least(1, **{"compressor.distill.first_round": self.first_round})
+        """Refuses rounds without an epoch, epochs without an example, and unknown precisions."""
+        least = {name: getattr(self, name) for name in ("first_round", "epoch_examples")}
+        at_least(1, **{f"compressor.distill.{name}": value for name, value in least.items()})
+        if self.precision not in PRECISIONS:
+            problem = f"is {self.precision!r}"
+            raise ConfigError("compressor.distill.precision", problem, f"use one of {', '.join(PRECISIONS)}")
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """None: the whole model is trained."""
@@ -81,11 +91,16 @@ class Distill:
         done, epochs = 0 if since is None else _epochs(since.shared), _epochs(step.shared)
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
-        goal = _Goal.read(step.shared, context)
+        goal = _Goal.read(step.shared, context, self._half)
         with _training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(digest([seed, done]), 16))
             loss = self._train(model, goal, range(done, epochs), context)
         return Applied({"": {"epochs": epochs, "loss": loss}})
+
+    @property
+    def _half(self) -> bool:
+        """Without the tile registers bfloat16 is emulated, and slower than float."""
+        return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_amx_tile_supported())
 
     def _train(self, model: nn.Module, goal: "_Goal", epochs: range, context: Context) -> float:
         """The mean loss of the last epoch."""
@@ -103,13 +118,14 @@ class Distill:
         return mean(losses)
 
     def _epoch(self, context: Context) -> Iterator[Batch]:
-        """One pass over the training split, or its first `epoch_examples`: every pass is shuffled anew."""
+        """`epoch_examples` examples, or `PASSES` passes over a small training split; each pass is shuffled anew."""
         seen = 0
-        for batch in context.train():
-            yield batch
-            seen += len(batch[0][0])
-            if seen >= self.epoch_examples:
-                return
+        for _ in range(PASSES):
+            for batch in context.train():
+                yield batch
+                seen += len(batch[0][0])
+                if seen >= self.epoch_examples:
+                    return
 
     def _steps(self, context: Context) -> int:
         """Batches in one epoch; only a pass tells, and without the model it costs next to nothing."""
@@ -147,19 +163,21 @@ class _Goal:
     temperature: float
     weight: float
     learning_rate: float
+    half: bool
 
     @classmethod
-    def read(cls, shared: Settings, context: Context) -> "_Goal":
+    def read(cls, shared: Settings, context: Context, half: bool) -> "_Goal":
         temperature = _number(shared, "temperature", "more than 0", lambda value: value > 0)
         weight = _number(shared, "weight", "a share from 0 to 1", lambda value: 0 <= value <= 1)
         rate = _number(shared, "learning_rate", "more than 0", lambda value: value > 0)
-        return cls(context.teacher, context.loss, temperature, weight, rate)
+        return cls(context.teacher, context.loss, temperature, weight, rate, half)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs, target = batch
-        with torch.no_grad():
-            wanted = self.teacher(*inputs)
-        output = model(*inputs)
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                wanted = self.teacher(*inputs).float()
+            output = model(*inputs).float()
         imitation = distillation_loss(output, wanted, self.temperature)
         if target is None or self.label_loss is None:
             return imitation

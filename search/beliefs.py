@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from search.solver import Floats, Ints
 
 SWEEPS = 8
+# What is left over of logarithms of losses, and over which share of differing knobs it is alike.
+RESIDUAL_SPREAD, RESIDUAL_NOISE, REACH = 0.5, 0.1, 0.3
 # Losses below this are rounding of the runtime, not of the plan.
 LEAST_LOSS = 1e-6
 
@@ -33,12 +35,12 @@ class Correction:
     evidence: Floats
 
 
-def correct(parts: Floats, measured: Floats, levels: Sequence[Level]) -> list[Correction]:
+def correct(parts: Floats, measured: Floats, weight: Floats, levels: Sequence[Level]) -> list[Correction]:
     """Factors that make the sum over `parts` `(trials, parts)` agree with `measured` `(trials,)`.
 
-    Each trial's logarithmic error is laid at the door of its parts in proportion to their share of the prediction;
-    every factor is drawn towards 1 by its prior. The order of the trials plays no role, so that any worker that
-    reads the same trials believes the same. Losses are compared by ratio: they span orders of magnitude.
+    Each trial's logarithmic error, times its `weight`, is laid at the door of its parts in proportion to their share of
+    the prediction; every factor is drawn towards 1 by its prior. The order of the trials plays no role, so that any
+    worker that reads the same trials believes the same. Losses are compared by ratio: they span orders of magnitude.
     """
     logs = [np.zeros(level.size) for level in levels]
     evidence: list[Floats] = [np.zeros(level.size) for level in levels]
@@ -48,7 +50,7 @@ def correct(parts: Floats, measured: Floats, levels: Sequence[Level]) -> list[Co
         factors = np.exp(sum(log[index] for log, index in zip(logs, flat, strict=True))).reshape(parts.shape)
         predicted = parts * factors + LEAST_LOSS / max(1, parts.shape[1])
         total = predicted.sum(1, keepdims=True)
-        blame = predicted / total
+        blame = weight[:, None] * predicted / total
         pull = (blame * (aim - np.log(total))).ravel()
         for i, level in enumerate(levels):
             evidence[i] = np.bincount(flat[i], blame.ravel(), level.size).astype(np.float64)
@@ -82,34 +84,70 @@ def regress(features: Floats, values: Floats, noise: Floats, mean: Floats, sprea
     return Linear(centre, (covariance + covariance.T) / 2 + 1e-15 * np.eye(len(mean)))
 
 
+def smooth(known: Ints, residuals: Floats, asked: Ints, rng: np.random.Generator | None = None) -> Floats:
+    """What is left over at `asked` `(n, knobs)`, from what was left over at `known` `(trials, knobs)`.
+
+    A Gaussian process whose covariance falls with the share of knobs that two plans answer differently: it knows what
+    no sum over knobs can say, near to what was tried. With a generator, one draw for each row.
+    """
+    own = RESIDUAL_SPREAD**2 * np.exp(-_apart(known, known) / REACH)
+    across = RESIDUAL_SPREAD**2 * np.exp(-_apart(asked, known) / REACH)
+    gain = np.linalg.solve(own + RESIDUAL_NOISE**2 * np.eye(len(known)), across.T)
+    mean: Floats = gain.T @ residuals
+    if rng is None:
+        return mean
+    spread: Floats = np.sqrt(np.maximum(RESIDUAL_SPREAD**2 - (across.T * gain).sum(0), 0.0))
+    return mean + rng.standard_normal(len(asked)) * spread
+
+
+def _apart(a: Ints, b: Ints) -> Floats:
+    """`(n, m)`: share of knobs that differ."""
+    most = int(max(a.max(initial=0), b.max(initial=0))) + 1
+    one_hot = [np.eye(most)[rows].reshape(len(rows), most * a.shape[1]) for rows in (a, b)]
+    apart: Floats = 1 - one_hot[0] @ one_hot[1].T / max(1, a.shape[1])
+    return apart
+
+
 @dataclass(frozen=True)
 class Relation:
-    """How much quality goes when the loss rises: drop = exp(weights[0]) * loss ** weights[1]."""
+    """How much quality goes when the loss rises: drop = scale * loss ** power."""
 
-    weights: Floats
+    scale: float
+    power: float
 
     def drop(self, loss: Floats) -> Floats:
         """In the quality's own unit, never negative."""
-        drop: Floats = np.exp(np.clip(self.weights[0] + self.weights[1] * np.log(loss + LEAST_LOSS), -50, 50))
+        drop: Floats = self.scale * np.power(loss, self.power)
         return drop
 
+    def loss(self, drop: float) -> float:
+        """The inverse of `drop`."""
+        return float((drop / self.scale) ** (1 / self.power))
 
-def relate(loss: Floats, drop: Floats, rng: np.random.Generator | None) -> Relation:
+
+def relate(loss: Floats, drop: Floats, noise: float, rng: np.random.Generator | None) -> Relation:
     """Fit the power law to measured losses and drops of quality; a generator draws one that is possible.
 
-    Drops too small to be seen count as half of the least that was seen.
+    Weighted least squares for the scale at each of `POWERS`, which have a prior around 1. A drop is known to within
+    `noise` and a third of itself: it may be negative, as quality is judged on few examples.
     """
-    seen = drop[drop > 0]
-    if len(seen) == 0 or len(loss) < 2:
-        return Relation(np.array([0.0, 1.0]))
-    least = float(seen.min()) / 2
-    logs = np.log(loss + LEAST_LOSS)
-    features = np.stack([np.ones(len(loss)), logs], 1)
-    target = np.log(np.maximum(drop, least))
-    start = np.array([float(np.median(target - logs)), 1.0])
-    fitted = regress(features, target, np.full(len(loss), 0.7), start, np.array([3.0, 0.4]))
-    weights = fitted.mean if rng is None else fitted.drawn(rng)
-    return Relation(np.array([weights[0], max(weights[1], 0.1)]))
+    weight = 1 / (noise**2 + (drop / 3) ** 2)
+    fits = []
+    for power in POWERS:
+        column = np.power(loss + LEAST_LOSS, power)
+        precision = float((weight * column**2).sum())
+        scale = float((weight * column * drop).sum()) / precision
+        misfit = float((weight * (drop - scale * column) ** 2).sum()) + ((power - 1) / 0.3) ** 2
+        fits.append((misfit, scale, precision**-0.5, power))
+    misfits = np.array([fit[0] for fit in fits])
+    odds = np.exp(-(misfits - misfits.min()) / 2)
+    chosen = int(misfits.argmin()) if rng is None else int(rng.choice(len(fits), p=odds / odds.sum()))
+    _, scale, spread, power = fits[chosen]
+    drawn = scale if rng is None else rng.normal(scale, spread)
+    return Relation(max(float(drawn), spread / 10), power)
+
+
+POWERS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5)
 
 
 def improvement(points: Floats, front: Floats, low: Floats, high: Floats, rng: np.random.Generator) -> Floats:
@@ -121,8 +159,11 @@ def improvement(points: Floats, front: Floats, low: Floats, high: Floats, rng: n
     for member in front:
         dominated: NDArray[np.bool_] = np.all(member <= samples, axis=1)
         samples = samples[~dominated]
-    covered: Floats = np.all(points[:, None, :] <= samples[None, :, :], axis=2).sum(1) / SAMPLES
-    return covered
+    covered: NDArray[np.bool_] = np.ones((len(points), len(samples)), dtype=bool)
+    for j in range(len(low)):
+        covered &= points[:, j, None] <= samples[None, :, j]
+    share: Floats = covered.sum(1) / SAMPLES
+    return share
 
 
 SAMPLES = 2048

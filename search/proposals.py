@@ -1,7 +1,7 @@
 """From the facts of a study to its next plan: which stretch of the front to push, and with what; stores nothing."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -20,6 +20,7 @@ from search.beliefs import (
     improvement,
     regress,
     relate,
+    smooth,
 )
 from search.solver import Answers, Floats, Guide, Ints, Rates, Tables
 
@@ -28,6 +29,8 @@ Role = Literal["quality", "latency", "size"]
 # How many of the newest trials beliefs rest on, and how many plans of each kind compete for a proposal.
 MEMORY = 256
 NEW, PER_PREFIX, PREFIXES, MUTATIONS = 48, 4, 6, 16
+# How often plans are judged by the possible belief that made them, and not by the most likely one.
+BY_DRAW = 0.1
 # Before anything was timed: seconds of a trial that trains nothing, and of one unit of growth.
 TRIAL_S, GROWTH_S = 2.0, 2.0
 # What one more step of growth is worth before it was seen: a third of the loss.
@@ -116,14 +119,18 @@ class Proposer:
         `fixed` answers are kept, plans that are `taken` by other workers avoided. Where no plan fits into
         `remaining_s`, the quickest ones compete.
         """
-        state = _State(self, facts, rng)
-        rows = self._rows(state, fixed, rng)
-        losses = state.losses(rows)
-        rows.pick = self._solved(rows, losses, state, rng)
-        expected, broken = state.expected(rows, losses)
-        score = self._score(state, rows, expected, broken, remaining_s, rng)
+        drawn = _State(self, facts, rng)
+        rows = self._rows(drawn, fixed, rng)
+        rows.pick = self._solved(rows, drawn.losses(rows), drawn, rng)
+        # One draw makes plans that are worth a look; the best of many by that same draw would be the luckiest one.
+        state = drawn if rng.random() < BY_DRAW else _State(self, facts, None)
+        expected, broken = state.expected(rows, state.losses(rows))
+        gain = self._gain(state, rows, expected, broken, remaining_s)
+        if gain.max() <= 0:
+            # Nothing is expected to gain: that which possibly does.
+            gain = self._gain(drawn, rows, drawn.expected(rows, drawn.losses(rows))[0], broken, remaining_s)
         seen = {parsed.identity for parsed in state.parsed} | set(map(self.identity, taken))
-        for i in np.lexsort((-score[1], -score[0])):
+        for i in np.argsort(-gain, kind="stable"):
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.identity(answers) not in seen:
                 return Proposal(answers, tuple(map(float, expected[i])) if state.known else None)
@@ -227,14 +234,15 @@ class Proposer:
         )
 
     def _mutated(self, state: "_State", rng: np.random.Generator) -> Iterator[_Rows]:
-        """Front members with a few answers changed: what no table foresees."""
+        """Front members with a few answers moved to their neighbours: what no table foresees."""
         members = state.members
         if not members:
             return
         pick = np.array([state.picks[members[i]] for i in rng.integers(len(members), size=MUTATIONS)])
         counts = np.array([len(choices) for choices in self.tables.choices])
-        change = rng.random(pick.shape) < 2 / pick.shape[1]
-        pick = np.where(change, rng.integers(counts, size=pick.shape), pick)
+        change = rng.random(pick.shape) < 1.5 / pick.shape[1]
+        step = rng.choice([-1, 1], pick.shape)
+        pick = np.where(change, np.clip(pick + step, 0, counts - 1), pick)
         yield self._fresh(pick, rng, state, np.zeros_like(pick, dtype=bool))
 
     def _solved(self, rows: _Rows, losses: Floats, state: "_State", rng: np.random.Generator) -> Ints:
@@ -253,27 +261,29 @@ class Proposer:
         )
         return pick
 
-    def _score(
-        self,
-        state: "_State",
-        rows: _Rows,
-        expected: Floats,
-        broken: NDArray[np.bool_],
-        remaining_s: float,
-        rng: np.random.Generator,
-    ) -> tuple[Floats, Floats]:
-        """Gain of hypervolume per second; and, where nothing gains, how near it comes.
+    def _gain(
+        self, state: "_State", rows: _Rows, expected: Floats, broken: NDArray[np.bool_], remaining_s: float
+    ) -> Floats:
+        """Gain of hypervolume per second, below 0 for what cannot be taken.
 
-        A gain within the noise of what measures it is none: points count as slightly worse than expected.
+        What trains is worth what it is now, or what it may yet grow to in the time that this takes.
         """
-        low, high = state.box
         seconds = np.where(self._untrained(rows), state.seconds(0, 0), rows.seconds)
-        gain = improvement(expected + state.margin(expected), state.front, low, high, rng) / seconds
+        gain = state.gain(expected) / seconds
+        grown, wait = self._full_grown(state, rows, seconds)
+        if grown is not None:
+            gain = np.maximum(gain, state.gain(state.expected(grown, state.losses(grown))[0]) / wait)
         gain = np.where(broken | ~np.isfinite(expected).all(1), -1.0, gain)
-        fits = seconds <= max(remaining_s, float(seconds.min()))
-        away = (expected[:, None, :] - state.front[None, :, :]) / (high - low) if len(state.front) else np.zeros((1, 1))
-        near = -away.max(-1).min(-1) if len(state.front) else np.zeros(len(expected))
-        return np.where(fits, gain, -2.0), near
+        return np.where(seconds <= max(remaining_s, float(seconds.min())), gain, -2.0)
+
+    def _full_grown(self, state: "_State", rows: _Rows, seconds: Floats) -> tuple[_Rows | None, Floats]:
+        """The same rows after all growth, and the seconds until then; none where there is no growth."""
+        most = len(self.levels)
+        trained = ~self._untrained(rows) & (rows.growth < most)
+        if not trained.any():
+            return None, seconds
+        wait = np.array([state.seconds(int(g), most) if t else 0.0 for g, t in zip(rows.growth, trained, strict=True)])
+        return replace(rows, growth=np.where(trained, most, rows.growth)), seconds + wait
 
     def _untrained(self, rows: _Rows) -> NDArray[np.bool_]:
         """Rows whose structure is left alone."""
@@ -403,8 +413,7 @@ class _State:
             return np.zeros(m), np.ones(m)
         front = self.front if len(self.front) else self.values[self.done]
         high, low = front.max(0), np.minimum(front.min(0), 0.0)
-        tolerance, seen = self.proposer.tolerance, float(self.values[self.done, q].max())
-        high[q] = seen if tolerance is None else self.zero + tolerance * abs(self.zero)
+        high[q] = self.zero + self.tolerated if self.tolerated else float(self.values[self.done, q].max())
         low[q] = min(float(front[:, q].min()), self.zero) - 0.1 * (high[q] - self.zero)
         return low, np.maximum(high, low + 1e-9)
 
@@ -451,7 +460,9 @@ class _State:
         """One per level, drawn if there is a generator."""
         used = self._used
         levels = [Level(*level) for level in self._levels(self.picks[used], self.growths[used], self.targets[used])]
-        found = correct(self.base[used], self.measured[used], levels)
+        # What is far out of the box says little of what is inside: losses of many parts do not simply add up there.
+        weight = np.minimum(1.0, self.tolerable_loss / np.maximum(self.measured[used], LEAST_LOSS))
+        found = correct(self.base[used], self.measured[used], weight, levels)
         found[0] = self._grown(found[0])
         if self.rng is None:
             return found
@@ -483,11 +494,17 @@ class _State:
     @cached_property
     def relation(self) -> Relation:
         """Loss to drop of quality; the two are one where no loss is measured."""
-        if not any(f.loss is not None for f in self.facts):
-            return Relation(np.array([0.0, 1.0]))
         both = self.done & np.isfinite(self.measured)
+        if not any(f.loss is not None for f in self.facts) or not both.any():
+            return Relation(1.0, 1.0)
         drop = self.values[both, self.proposer.quality] - self.zero
-        return relate(self.measured[both], drop, self.rng)
+        noise = 0.1 * (self.tolerated or float(np.ptp(drop)) or 1.0)
+        return relate(self.measured[both], drop, noise, self.rng)
+
+    @cached_property
+    def tolerated(self) -> float:
+        """The drop of quality beyond which nothing is of interest; 0 if everything is."""
+        return (self.proposer.tolerance or 0.0) * abs(self.zero)
 
     @cached_property
     def tolerable_loss(self) -> float:
@@ -495,20 +512,35 @@ class _State:
         most = float(np.where(np.isfinite(self.tables.loss[0]), self.tables.loss[0], 0).max(1).sum()) or 1.0
         if not self.known:
             return most
-        tolerated = self.box[1][self.proposer.quality] - self.zero
-        intercept, slope = self.relation.weights
-        loss = float(np.exp((np.log(max(tolerated, 1e-9)) - intercept) / slope))
+        loss = self.relation.loss(max(self.box[1][self.proposer.quality] - self.zero, 1e-9))
         return float(np.clip(loss, 10 * LEAST_LOSS, most))
+
+    def _left_over(self, pick: Ints) -> Floats:
+        """Logarithms of what neither guide nor corrections explain."""
+        used = self._used
+        return smooth(self.picks[used], self._errors, pick, self.rng)
 
     @cached_property
     def residuals(self) -> dict[int, float]:
-        """Trial -> logarithm of measured over expected loss."""
+        """Trial that trained -> logarithm of measured over expected loss.
+
+        Expected without the corrections of single knobs: they would take the blame for how a trial was trained.
+        """
+        used = np.array([t for t in self._used if self.parsed[t].growth], dtype=np.intp)
+        levels = [Level(*level) for level in self._levels(self.picks[used], self.growths[used], self.targets[used])[:1]]
+        (grown,) = correct(self.base[used], self.measured[used], np.ones(len(used)), levels)
+        expected = (self.base[used] * np.exp(grown.log[levels[0].index])).sum(1)
+        errors = np.log((self.measured[used] + LEAST_LOSS) / (expected + LEAST_LOSS))
+        return {self.facts[t].number: float(e) for t, e in zip(used, errors, strict=True)}
+
+    @cached_property
+    def _errors(self) -> Floats:
         used = self._used
         levels = self._levels(self.picks[used], self.growths[used], self.targets[used])
         logs = sum(c.log[index] for c, (index, _, _) in zip(self.corrections, levels, strict=True))
         expected = (self.base[used] * np.exp(logs)).sum(1)
-        errors = np.log((self.measured[used] + LEAST_LOSS) / (expected + LEAST_LOSS))
-        return {self.facts[t].number: float(error) for t, error in zip(used, errors, strict=True)}
+        errors: Floats = np.log((self.measured[used] + LEAST_LOSS) / (expected + LEAST_LOSS))
+        return errors
 
     # -- Costs
 
@@ -550,11 +582,12 @@ class _State:
             total += weights[:, column, None] * np.maximum(own[target], 0) / (high[j] - low[j])
         layers = np.zeros((len(target), widths))
         layers[:, :-1] = total[:, 2 + widths : 1 + 2 * widths]
-        return Rates(total[:, 2 : 2 + widths], layers, total[:, -1], total[:, 1])
+        return Rates(total[:, 2 : 2 + widths], layers, total[:, 1 + 2 * widths], total[:, 1])
 
     def expected(self, rows: _Rows, losses: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """`(rows, objectives)`, as this belief has it; and which rows would break a constraint."""
         loss = np.take_along_axis(losses, rows.pick[..., None], 2)[..., 0].sum(1)
+        loss = loss * np.exp(self._left_over(rows.pick))
         features = self.tables.describe(rows.pick, rows.variant)
         found = np.zeros((len(rows.pick), len(self.proposer.roles)))
         for j, role in enumerate(self.proposer.roles):
@@ -562,10 +595,18 @@ class _State:
                 found[:, j] = self.zero + self.relation.drop(loss)
             else:
                 own = np.array([self.surrogates[j, t] for t in range(len(self.proposer.guide.targets))])
-                found[:, j] = (features * own[rows.target]).sum(1)
+                # Straight lines go below nothing: half of the least that was seen is as far as they are believed.
+                least = (
+                    self.values[np.isfinite(self.values[:, j]), j].min(initial=np.inf) / 2 if self.known else -np.inf
+                )
+                found[:, j] = np.maximum((features * own[rows.target]).sum(1), least)
         return found, self._broken(np.concatenate([features, loss[:, None]], 1))
 
-    def margin(self, expected: Floats) -> Floats:
+    def gain(self, expected: Floats) -> Floats:
+        """Share of the box that a point would add to the front; a gain within the noise of measuring is none."""
+        return improvement(expected + self._margin(expected), self.front, *self.box, np.random.default_rng(0))
+
+    def _margin(self, expected: Floats) -> Floats:
         """By how much a point must be better to be told apart."""
         low, high = self.box
         margin = 0.01 * np.tile(high - low, (len(expected), 1))

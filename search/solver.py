@@ -14,6 +14,8 @@ Ints = NDArray[np.intp]
 Answers = Mapping[str, Scalar]
 
 FULL_BITS = 32
+# Channels that vector and tile kernels take at once.
+LANES = (8, 16)
 # A share of nothing has no logarithm; no layer loses all of its channels.
 LEAST_SHARE = 1e-6
 
@@ -57,12 +59,14 @@ class Rates:
 class _Knob:
     """The layers that a knob touches.
 
-    `shares` are logarithms of what they keep `(variants, choices, layers)`, `classes` their precisions `(choices,
-    layers)` if the knob sets them, `inner` and `outer` the pairs of touched and untouched neighbours in model order.
+    `shares` are logarithms of what they keep `(variants, choices, layers)`, and `outputs` the part of that which is
+    output channels; `classes` their precisions `(choices, layers)` if the knob sets them, `inner` and `outer` the pairs
+    of touched and untouched neighbours in model order.
     """
 
     layers: Ints
     shares: Floats
+    outputs: Floats
     classes: Ints | None
     inner: Ints
     outer: Ints
@@ -77,6 +81,7 @@ class Tables:
         self.choices = tuple(tuple(effects) for effects in first.values())
         self.widths = _widths(guide.variants)
         self.macs = _normalised([layer.macs for layer in guide.layers])
+        self.channels = np.array([layer.weight_shape[0] for layer in guide.layers], dtype=np.float64)
         self.params = _normalised([0 if layer.tied_to else layer.params for layer in guide.layers])
         self.loss = self._losses(guide.variants)
         self.off: Ints = self.loss[0].argmin(1)
@@ -86,7 +91,7 @@ class Tables:
     @property
     def features(self) -> int:
         """How many columns `describe` gives."""
-        return 2 * len(self.widths) + 2
+        return 2 * len(self.widths) + 2 + len(LANES)
 
     def _losses(self, variants: Sequence[Variant]) -> Floats:
         """`(variants, knobs, choices)`; infinite where a knob has fewer choices than others, or one is impossible."""
@@ -104,18 +109,19 @@ class Tables:
         named = {layer for e in every for layer in (*e.outputs, *e.inputs, *e.bits)}
         touched = sorted(named & set(index), key=index.__getitem__)
         most = self.loss.shape[2]
-        shares = np.zeros((len(variants), most, len(touched)))
+        shares, outputs = (np.zeros((len(variants), most, len(touched))) for _ in range(2))
         classes = np.full((most, len(touched)), self.widths.index(FULL_BITS))
         for v, row in enumerate(effects):
             for c, effect in enumerate(row):
-                shares[v, c] = [_log_share(effect, layer) for layer in touched]
+                outputs[v, c] = [_log(effect.outputs.get(layer, 1.0)) for layer in touched]
+                shares[v, c] = outputs[v, c] + [_log(effect.inputs.get(layer, 1.0)) for layer in touched]
                 classes[c] = [self.widths.index(effect.bits.get(layer, FULL_BITS)) for layer in touched]
         layers = np.array([index[layer] for layer in touched], dtype=np.intp)
         pairs = [(i, n) for i, at in enumerate(layers) for n in (at - 1, at + 1) if 0 <= n < len(index)]
         pairs = [(i, n) for i, n in pairs if n not in layers]
         sets_bits = any(effect.bits for effect in every)
         inner, outer = (np.array(side, dtype=np.intp) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
-        return _Knob(layers, shares, classes if sets_bits else None, inner, outer)
+        return _Knob(layers, shares, outputs, classes if sets_bits else None, inner, outer)
 
     def log_shares(self, pick: Ints, variant: Ints) -> Floats:
         """`(rows, layers)`: logarithm of the share of its MACs and weights that each layer keeps."""
@@ -133,16 +139,25 @@ class Tables:
         return found
 
     def describe(self, pick: Ints, variant: Ints) -> Floats:
-        """`(rows, features)`: 1; bytes of the weights; MACs and layers per precision, switches; all as shares.
+        """`(rows, features)`: 1; bytes of the weights; MACs and layers per precision, switches, odd widths; as shares.
 
         The regressors of a latency surrogate: summing what layers save each by itself misses what a mixture costs.
+        Widths are odd that are no multiple of what kernels take at once.
         """
         shares, classes = np.exp(self.log_shares(pick, variant)), self.classes(pick)
         columns = [np.ones(len(pick)), (shares * self.params * self._byte_share[classes]).sum(1)]
         columns += [(shares * self.macs * (classes == c)).sum(1) for c in range(len(self.widths))]
         columns += [(classes == c).mean(1) for c in range(len(self.widths) - 1)]
         columns.append((classes[:, 1:] != classes[:, :-1]).mean(1) if classes.shape[1] > 1 else np.zeros(len(pick)))
+        channels = np.rint(self.channels * np.exp(self._log_outputs(pick, variant)))
+        columns += [(channels % lanes != 0).mean(1) for lanes in LANES]
         return np.stack(columns, 1)
+
+    def _log_outputs(self, pick: Ints, variant: Ints) -> Floats:
+        total = np.zeros((len(pick), len(self.macs)))
+        for k, knob in enumerate(self._knobs):
+            total[:, knob.layers] += knob.outputs[variant, pick[:, k]]
+        return total
 
     @property
     def _byte_share(self) -> Floats:
@@ -196,6 +211,5 @@ def _normalised(counts: Sequence[int]) -> Floats:
     return total / max(float(total.sum()), 1.0)
 
 
-def _log_share(effect: Effect, layer: str) -> float:
-    share = effect.outputs.get(layer, 1.0) * effect.inputs.get(layer, 1.0)
+def _log(share: float) -> float:
     return float(np.log(max(share, LEAST_SHARE)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.distill import Distill, distillation_loss, schedule
+from compressors.distill import PASSES, Distill, distillation_loss, schedule
 from compressors.errors import ConfigError, Infeasible
 from compressors.pipeline import Batch, Compressor, Context, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
@@ -20,7 +20,7 @@ from search.cache import Cache
 from tests.context import make_context
 from tests.zoo import CLASSES, build, images
 
-METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=8192, first_round=2)
+METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=32, first_round=2)
 GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.01}
 
 
@@ -118,7 +118,7 @@ def test_a_pruned_net_regains_what_it_lost(teacher: nn.Module) -> None:
     context = Context(teacher, (images(),), pass_over_patterns, pass_over_patterns, F.cross_entropy)
     cut = Step("prune", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}}, {"align": 4})
     recover = Step("distill", {}, GOOD | {"epochs": 8})
-    methods: dict[str, Compressor] = {"prune": Prune(), "distill": METHOD}
+    methods: dict[str, Compressor] = {"prune": Prune(), "distill": replace(METHOD, epoch_examples=256)}
     plans = [CompressionPlan(Target("any", "fp32"), steps) for steps in ((cut,), (cut, recover))]
     pruned, recovered = (accuracy(compress(teacher, plan, methods, context).model) for plan in plans)
     assert accuracy(teacher) > 0.9
@@ -230,6 +230,39 @@ def test_rounds_see_the_data_in_other_orders() -> None:
     # A round counts its steps in a pass of its own before it trains.
     assert len(orders) == 6
     assert not torch.equal(orders[0], orders[3])
+
+
+def test_a_small_split_is_passed_over_again_but_not_for_ever() -> None:
+    passes: list[int] = []
+    context = make_context(build("plain"), count=32, size=8)
+
+    def train() -> Iterator[Batch]:
+        passes.append(1)
+        return iter(context.train())
+
+    model, step = build("plain"), Step("distill", {}, GOOD | {"epochs": 1})
+    for examples, expected in ((64, 2), (1000, PASSES)):
+        passes.clear()
+        replace(METHOD, epoch_examples=examples).apply(model, step, replace(context, train=train), seed=0)
+        # Steps are counted in passes of their own before.
+        assert len(passes) == 2 * expected
+
+
+def test_half_precision_trains_too() -> None:
+    step, context = Step("distill", {}, GOOD | {"epochs": 2}), make_context(build("plain"))
+    halves, wholes = build("plain"), build("plain")
+    replace(METHOD, precision="bf16").apply(halves, step, context, seed=0)
+    replace(METHOD, precision="fp32").apply(wholes, step, context, seed=0)
+    assert all(p.dtype is torch.float32 for p in halves.parameters())
+    close = [torch.allclose(a, b, atol=0.05) for a, b in zip(halves.parameters(), wholes.parameters(), strict=True)]
+    equal = [torch.equal(a, b) for a, b in zip(halves.parameters(), wholes.parameters(), strict=True)]
+    assert all(close)
+    assert not all(equal)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="auto, fp32, bf16"):
+        replace(METHOD, precision="half")
 
 
 def test_every_epoch_is_announced() -> None:
