@@ -181,17 +181,15 @@ def _configured(job: Job, scratch: Path) -> DictConfig:
 
 
 def searched(job: Job, search: Search, began: float, watch: Watcher) -> Outcome:
-    """Run it until its budget is spent, to the second, or its trials are done."""
-    if job.method == "uniform":
-        search = replace(search, budget=Budget(trials=_uniform_plans(search)))
-    _ring_after(job.budget_s, began)
-    found = run(search, watch)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    """Run it until its budget is spent or its trials are done; a trial that ends after the budget does not count."""
+    left = None if job.budget_s is None else max(0.01, began + job.budget_s - time.time()) / 60
+    trials = _uniform_plans(search) if job.method == "uniform" else job.trials
+    found = run(replace(search, budget=Budget(trials, left)), watch)
     seconds = {"wall": time.time() - began, "cpu": _cpu_s()}
     study = optuna.load_study(study_name=search.name, storage=search.storage)
     records = {record.number: record for record in found.records}
     known = [t for t in study.trials if t.number in records or {"error", "missed"} & set(t.user_attrs)]
-    finished = sorted((_finished(t, records.get(t.number), began) for t in known), key=lambda f: f.elapsed_s)
+    finished = sorted((_finished(t, records.get(t.number), began, job) for t in known), key=lambda f: f.elapsed_s)
     duplicates = sum("duplicate_of" in t.user_attrs for t in study.trials)
     folders = {f.number: search.tracker.model_folder(records[f.number]) for f in finished if f.counts}
     return Outcome(finished, folders, seconds, duplicates)
@@ -203,18 +201,13 @@ def _uniform_plans(search: Search) -> int:
     return len({search.space.sample(FixedTrial(a)).digest for a in answers})
 
 
-def _ring_after(budget_s: float | None, began: float) -> None:
-    """Interrupt the search, as Ctrl-C would, at the very end of its budget: what is running then does not count."""
-    if budget_s is not None:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, began + budget_s - time.time()))
-
-
-def _finished(trial: FrozenTrial, record: TrialRecord | None, began: float) -> Finished:
+def _finished(trial: FrozenTrial, record: TrialRecord | None, began: float, job: Job) -> Finished:
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete else time.time()
     told = trial.user_attrs
     stopped = told.get("stopped")
     reason = told.get("infeasible") or (f"stopped: {stopped}" if stopped else told.get("error") or told.get("missed"))
+    if reason is None and job.budget_s is not None and ended - began > job.budget_s:
+        reason = "ended after the budget"
     return Finished(trial.number, str(told.get("digest")), ended - began, record, reason)
 
 

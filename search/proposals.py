@@ -1,6 +1,6 @@
 """From the facts of a study to its next plan: which stretch of the front to push, and with what; stores nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,8 @@ Role = Literal["quality", "latency", "size"]
 # How many of the newest trials beliefs rest on, and how many plans of each kind compete for a proposal.
 MEMORY = 256
 NEW, PER_PREFIX, PREFIXES, MUTATIONS = 48, 4, 6, 16
+# Plans drawn by chance once all of those were seen.
+BY_CHANCE = 500
 # How often plans are judged by the possible belief that made them, and not by the most likely one.
 BY_DRAW = 0.1
 # Before anything was timed: seconds of a trial that trains nothing, and of one unit of growth.
@@ -134,6 +136,19 @@ class Proposer:
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.identity(answers) not in seen:
                 return Proposal(answers, tuple(map(float, expected[i])) if state.known else None)
+        return self._any_unseen(fixed, seen, rng)
+
+    def _any_unseen(
+        self, fixed: Answers, seen: Collection[frozenset[tuple[str, Scalar]]], rng: np.random.Generator
+    ) -> Proposal | None:
+        """By chance, once all that compete were seen; None when that finds none either."""
+        pick = rng.integers([len(choices) for choices in self.tables.choices], size=(BY_CHANCE, len(self.tables.names)))
+        rows = self._fresh(pick, rng, TRIAL_S, np.zeros_like(pick, dtype=bool))
+        possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), pick]).all(1)
+        for i in np.flatnonzero(possible):
+            answers = {**self._answers(rows, int(i)), **fixed}
+            if self.identity(answers) not in seen:
+                return Proposal(answers, None)
         return None
 
     def residuals(self, facts: Sequence[Fact]) -> dict[int, float]:
@@ -191,16 +206,16 @@ class Proposer:
     def _new(self, state: "_State", rng: np.random.Generator) -> _Rows:
         """All knobs free, as little growth as there is."""
         pick = np.tile(self.tables.off, (NEW, 1))
-        return self._fresh(pick, rng, state, np.ones_like(pick, dtype=bool))
+        return self._fresh(pick, rng, state.seconds(0, 1), np.ones_like(pick, dtype=bool))
 
-    def _fresh(self, pick: Ints, rng: np.random.Generator, state: "_State", free: NDArray[np.bool_]) -> _Rows:
+    def _fresh(self, pick: Ints, rng: np.random.Generator, seconds: float, free: NDArray[np.bool_]) -> _Rows:
         n = len(pick)
         return _Rows(
             pick,
             rng.integers(len(self.guide.variants), size=n),
             rng.integers(len(self.guide.targets), size=n),
             np.full(n, min(1, len(self.levels))),
-            np.full(n, state.seconds(0, 1)),
+            np.full(n, seconds),
             free,
             [{}] * n,
         )
@@ -243,7 +258,7 @@ class Proposer:
         change = rng.random(pick.shape) < 1.5 / pick.shape[1]
         step = rng.choice([-1, 1], pick.shape)
         pick = np.where(change, np.clip(pick + step, 0, counts - 1), pick)
-        yield self._fresh(pick, rng, state, np.zeros_like(pick, dtype=bool))
+        yield self._fresh(pick, rng, state.seconds(0, 1), np.zeros_like(pick, dtype=bool))
 
     def _solved(self, rows: _Rows, losses: Floats, state: "_State", rng: np.random.Generator) -> Ints:
         n, costs = len(rows.pick), [j for j in range(len(self.roles)) if j != self.quality]

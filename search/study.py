@@ -249,8 +249,10 @@ class _Loop:
         return record
 
     def _expected(self, trial: Trial) -> dict[str, float]:
+        """Asked of the storage: the live trial does not see what the sampler wrote."""
+        stored = self.study.get_trials(deepcopy=False)[trial.number]
         names = (metric.name for metric in self.search.objectives)
-        return dict(zip(names, trial.user_attrs.get(EXPECTED, ()), strict=False))
+        return dict(zip(names, stored.user_attrs.get(EXPECTED, ()), strict=False))
 
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""

@@ -1,0 +1,95 @@
+"""The solver against exhaustive search, and the tables against what compressors really do."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from compressors.fisher import Effect
+from compressors.plan import LayerSpec
+from search.solver import Guide, Rates, Tables, Variant
+
+
+def chain(layers: int, seed: int) -> Guide:
+    """Layers in a row, one knob each for channels and bits; a layer's inputs shrink with its neighbour's outputs."""
+    rng = np.random.default_rng(seed)
+    specs = tuple(LayerSpec(f"l{i}", "conv", (16, 16, 3, 3), 2304, int(rng.integers(10, 100))) for i in range(layers))
+    prune, bits = {}, {}
+    for i in range(layers):
+        inputs = {f"l{i + 1}": 0.5} if i + 1 < layers else {}
+        prune[f"prune@l{i}"] = {0.0: Effect(0.0), 0.5: Effect(rng.uniform(0, 1), {f"l{i}": 0.5}, inputs)}
+        width = {b: Effect(rng.uniform(0, 1) * (b < 32), bits={f"l{i}": b}) for b in (32, 8)}
+        bits[f"bits@l{i}"] = width
+    return Guide(specs, (Variant({}, {**prune, **bits}),))
+
+
+def rates(widths: int, rows: int, weight: float) -> Rates:
+    macs = np.tile(np.linspace(0.3, 1.0, widths), (rows, 1))
+    layers = np.tile(np.linspace(0.2, 0.0, widths), (rows, 1))
+    return Rates(weight * macs, weight * layers, np.full(rows, weight * 0.1), np.full(rows, weight * 0.5))
+
+
+def cost(tables: Tables, pick: np.ndarray, given: Rates) -> np.ndarray:
+    """The whole Lagrangian of each row, computed from the features that the surrogate uses."""
+    variant = np.zeros(len(pick), dtype=np.intp)
+    features, widths = tables.describe(pick, variant), len(tables.widths)
+    loss = np.take_along_axis(tables.loss[variant], pick[..., None], 2)[..., 0].sum(1)
+    macs = (features[:, 2 : 2 + widths] * given.macs).sum(1)
+    layers = (features[:, 2 + widths : 1 + 2 * widths] * given.layers[:, :-1]).sum(1)
+    return np.asarray(
+        loss + macs + layers + features[:, 1] * given.bytes + features[:, 1 + 2 * widths] * given.switches
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("weight", [0.1, 1.0, 5.0])
+def test_coordinate_descent_comes_close_to_the_best_of_all_plans(seed: int, weight: float) -> None:
+    tables = Tables(chain(4, seed))
+    every = np.array(list(itertools.product(range(2), repeat=8)), dtype=np.intp)
+    best = cost(tables, every, rates(2, len(every), weight)).min()
+    start, variant = tables.off[None], np.zeros(1, dtype=np.intp)
+    free = np.ones_like(start, dtype=bool)
+    found = tables.solve(start, variant, free, tables.loss[variant], rates(2, 1, weight), sweeps=3)
+    reached = cost(tables, found, rates(2, 1, weight))[0]
+    assert reached <= cost(tables, start, rates(2, 1, weight))[0]
+    assert reached <= 1.05 * best + 1e-9
+
+
+def test_each_step_pays_what_the_features_say() -> None:
+    """A plan that no single change improves stays as it is."""
+    tables = Tables(chain(5, 3))
+    given = rates(2, 1, 1.0)
+    variant = np.zeros(1, dtype=np.intp)
+    free = np.ones((1, 10), dtype=bool)
+    settled = tables.solve(tables.off[None], variant, free, tables.loss[variant], given, sweeps=10)
+    for k in range(10):
+        other = settled.copy()
+        other[0, k] = 1 - other[0, k]
+        assert cost(tables, other, given)[0] >= cost(tables, settled, given)[0] - 1e-12
+
+
+def test_knobs_that_are_not_free_stay() -> None:
+    tables = Tables(chain(4, 0))
+    start = np.array([[1, 0, 1, 0, 1, 0, 1, 0]], dtype=np.intp)
+    variant = np.zeros(1, dtype=np.intp)
+    free = np.zeros_like(start, dtype=bool)
+    free[0, 3] = True
+    found = tables.solve(start, variant, free, tables.loss[variant], rates(2, 1, 100.0))
+    assert (np.delete(found, 3, 1) == np.delete(start, 3, 1)).all()
+    assert found[0, 3] == 1
+
+
+def test_features_are_shares_of_the_whole_model() -> None:
+    guide = chain(3, 1)
+    tables = Tables(guide)
+    variant = np.zeros(2, dtype=np.intp)
+    whole, cut = tables.describe(np.array([[0] * 6, [1, 0, 0, 0, 1, 0]], dtype=np.intp), variant)
+    macs = np.array([layer.macs for layer in guide.layers]) / sum(layer.macs for layer in guide.layers)
+    assert tables.widths == (8, 32)
+    assert whole == pytest.approx([1, 1, 0, 1, 0, 0, 0, 0])
+    # The first layer halves, the second one reads half as much and has 8 bits.
+    assert cut[1] == pytest.approx((0.5 + 0.5 / 4 + 1) / 3)
+    assert cut[2:4] == pytest.approx([macs[1] / 2, macs[0] / 2 + macs[2]])
+    assert cut[4] == pytest.approx(1 / 3)
+    assert cut[5] == pytest.approx(1.0), "8 bits between two float layers are two switches of two"
+    assert cut[6:] == pytest.approx([0, 1 / 3]), "8 channels are a multiple of 8, not of 16"
