@@ -41,7 +41,8 @@ class Effect:
     """What one setting of one group is expected to do, before anything is recovered.
 
     `loss` is the predicted rise of the loss; `outputs` and `inputs` are the shares of a layer's channels that stay;
-    `bits` are the widths that layers get.
+    `bits` are the widths that layers get. Shares from several groups multiply, which is a little too much where their
+    channels lie side by side in one layer's input.
     """
 
     loss: float

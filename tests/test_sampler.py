@@ -157,7 +157,9 @@ def test_a_stopped_trial_teaches_what_was_seen_of_it() -> None:
         if preview:
             trial.set_user_attr("preview", preview)
         study.tell(trial, state=TrialState.PRUNED)
-        return list(study.trials[ask(study, guide).number].user_attrs["expected"])
+        study.enqueue_trial({f"bits@l{i}": 4 for i in range(5)})
+        number = ask(study, guide).number
+        return list(study.trials[number].user_attrs["expected"])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compressors.fisher import Effect
-from compressors.plan import LayerSpec
+from compressors.plan import LayerSpec, Scalar
 from search.solver import Guide, Rates, Tables, Variant
 
 
@@ -14,12 +14,12 @@ def chain(layers: int, seed: int) -> Guide:
     """Layers in a row, one knob each for channels and bits; a layer's inputs shrink with its neighbour's outputs."""
     rng = np.random.default_rng(seed)
     specs = tuple(LayerSpec(f"l{i}", "conv", (16, 16, 3, 3), 2304, int(rng.integers(10, 100))) for i in range(layers))
-    prune, bits = {}, {}
+    prune: dict[str, dict[Scalar, Effect]] = {}
+    bits: dict[str, dict[Scalar, Effect]] = {}
     for i in range(layers):
         inputs = {f"l{i + 1}": 0.5} if i + 1 < layers else {}
         prune[f"prune@l{i}"] = {0.0: Effect(0.0), 0.5: Effect(rng.uniform(0, 1), {f"l{i}": 0.5}, inputs)}
-        width = {b: Effect(rng.uniform(0, 1) * (b < 32), bits={f"l{i}": b}) for b in (32, 8)}
-        bits[f"bits@l{i}"] = width
+        bits[f"bits@l{i}"] = {b: Effect(rng.uniform(0, 1) * (b < 32), bits={f"l{i}": b}) for b in (32, 8)}
     return Guide(specs, (Variant({}, {**prune, **bits}),))
 
 

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from optuna.trial import TrialState
 from compressors.errors import ConfigError, Infeasible
 from search.conclude import conclude
 from search.ladder import Ladder
+from search.sampler import REMAINING
 from search.select import Bound
 from search.study import Budget, Progress, Search, run
 from tests.studies import Gradually, make_search, quiet, refuse
@@ -304,3 +306,35 @@ def test_the_proxy_is_measured_without_a_ladder_too(store: Path) -> None:
     losses = [record.value("calibration_loss").value for record in outcome.records]
     assert losses == [t.user_attrs["loss"] for t in optuna_trials(store)]
     assert losses[1] != losses[0]
+
+
+def test_the_front_so_far_is_on_disk_and_in_the_tracker_after_every_trial(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+    search = make_search(tmp_path, 5)
+
+    def watch(progress: Progress) -> None:
+        file = tmp_path / "test" / "front.json"
+        if file.exists():
+            seen.append([row["trial"] for row in json.loads(file.read_text())])
+
+    outcome = run(search, watch)
+    text = search.tracker.read_study_file(outcome.study, "front.json")
+    assert text is not None
+    rows = json.loads(text)
+    assert [row["trial"] for row in rows] == [record.number for record in outcome.front]
+    assert rows == json.loads((tmp_path / "test" / "front.json").read_text())
+    assert all(row["files"].startswith("runs:/") for row in rows)
+    assert len({tuple(numbers) for numbers in seen}) > 1, "it changes while the search runs"
+
+
+def test_a_sampler_is_told_how_much_time_is_left(tmp_path: Path) -> None:
+    left: list[float] = []
+
+    class Listening(optuna.samplers.RandomSampler):
+        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            left.append(study.user_attrs[REMAINING])
+
+    search = make_search(tmp_path, 4, sampler=lambda _seed: Listening(), budget=Budget(trials=4, minutes=1))
+    run(search, quiet)
+    assert left == sorted(left, reverse=True)
+    assert 0 < left[-1] < left[0] <= 60

@@ -1,0 +1,113 @@
+"""What is proposed, on a space where pruning has to be trained and bits cost nothing."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compressors.fisher import Effect
+from compressors.plan import LayerSpec, Scalar
+from search.proposals import Fact, Proposer
+from search.solver import Guide, Variant
+
+TRAINED_S, PLAIN_S = 5.0, 1.0
+SHARES, BITS, EPOCHS = (0.0, 0.25, 0.5, 0.75), (32, 8), (2, 4, 8)
+LAYERS = tuple(LayerSpec(f"l{i}", "conv", (64, 64, 3, 3), 36864, 1000 * (i + 1)) for i in range(4))
+
+
+def asked(answers: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    pruned = any(value for name, value in answers.items() if name.startswith("prune"))
+    return {name: value for name, value in answers.items() if pruned or name != "train.epochs"}
+
+
+def make_guide() -> Guide:
+    prune: dict[str, dict[Scalar, Effect]] = {
+        f"prune.share@{layer.name}": {s: Effect(s**2, {layer.name: 1 - s}) for s in SHARES} for layer in LAYERS
+    }
+    bits: dict[str, dict[Scalar, Effect]] = {
+        f"bits@{layer.name}": {b: Effect(0.001 * (b < 32), bits={layer.name: b}) for b in BITS} for layer in LAYERS
+    }
+    targets = ({"runtime": "a"}, {"runtime": "b"})
+    names = frozenset([*prune, "train.epochs"])
+    return Guide(LAYERS, (Variant({}, {**prune, **bits}),), targets, ("train.epochs", EPOCHS), names, asked)
+
+
+def truth(answers: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
+    """Minimized values, quality first, and the loss: pruning loses a hundredth of the guide's, over the epochs."""
+    shares = [float(answers[f"prune.share@{layer.name}"]) for layer in LAYERS]
+    widths = [int(answers[f"bits@{layer.name}"]) for layer in LAYERS]
+    loss = sum(s**2 for s in shares) * 0.05 / float(answers.get("train.epochs", 1)) + 0.0005 * widths.count(8)
+    macs = [layer.macs * (1 - s) * (0.5 if b == 8 else 1.0) for layer, s, b in zip(LAYERS, shares, widths, strict=True)]
+    latency = (0.1 + 0.9 * sum(macs) / sum(layer.macs for layer in LAYERS)) * (
+        1.0 if answers["runtime"] == "a" else 0.6
+    )
+    return (-math.exp(-loss), latency), loss
+
+
+def studied(trials: int, remaining_s: float = math.inf) -> list[Fact]:
+    """A study from nothing, with what each trial takes."""
+    proposer, facts = Proposer(make_guide(), ("quality", "latency"), 0.05), list[Fact]()
+    for number in range(trials):
+        found = proposer.propose(facts, {}, np.random.default_rng(number), remaining_s=remaining_s)
+        assert found is not None
+        values, loss = truth(found.answers)
+        known = {prefix(fact.answers) for fact in facts}
+        seconds = PLAIN_S + (0 if prefix(found.answers) in known else TRAINED_S * bool(trained(found.answers)))
+        facts.append(Fact(number, found.answers, values, loss=loss, seconds=seconds))
+    return facts
+
+
+def prefix(answers: Mapping[str, Scalar]) -> frozenset[tuple[str, Scalar]]:
+    return frozenset((n, v) for n, v in answers.items() if n.startswith(("prune", "train")))
+
+
+def trained(answers: Mapping[str, Scalar]) -> bool:
+    return "train.epochs" in answers
+
+
+def test_one_trained_network_gets_many_bit_widths() -> None:
+    facts = studied(40)
+    prefixes = {prefix(fact.answers) for fact in facts}
+    assert 2 <= len(prefixes) <= 0.8 * len(facts)
+
+
+def test_training_starts_short_and_goes_on_where_it_pays() -> None:
+    reached: dict[frozenset[tuple[str, Scalar]], list[int]] = {}
+    for fact in studied(40):
+        structure = frozenset((n, v) for n, v in fact.answers.items() if n.startswith("prune"))
+        reached.setdefault(structure, []).append(int(fact.answers.get("train.epochs", 0)))
+    for epochs in reached.values():
+        levels = sorted(set(epochs) - {0})
+        assert levels == list(EPOCHS[: len(levels)]), "no round is left out"
+    assert any(max(epochs) == EPOCHS[-1] for epochs in reached.values())
+
+
+def test_nothing_that_takes_longer_than_is_left() -> None:
+    facts = studied(12)
+    proposer = Proposer(make_guide(), ("quality", "latency"), 0.05)
+    known = {prefix(fact.answers) for fact in facts}
+    for seed in range(8):
+        found = proposer.propose(facts, {}, np.random.default_rng(seed), remaining_s=1.5)
+        assert found is not None
+        assert not trained(found.answers) or prefix(found.answers) in known
+
+
+def test_the_surrogate_is_right_after_a_dozen_trials() -> None:
+    facts = studied(30)
+    proposer = Proposer(make_guide(), ("quality", "latency"), 0.05)
+    errors = []
+    for seed in range(12):
+        found = proposer.propose(facts, {}, np.random.default_rng(seed))
+        assert found is not None
+        assert found.expected is not None
+        errors.append(abs(found.expected[1] / truth(found.answers)[0][1] - 1))
+    assert np.median(errors) < 0.05
+
+
+def test_a_fixed_answer_of_any_kind_is_kept() -> None:
+    proposer, facts = Proposer(make_guide(), ("quality", "latency"), 0.05), studied(6)
+    for fixed in ({"runtime": "b"}, {"bits@l0": 8}, {"prune.share@l3": 0.5}):
+        found = proposer.propose(facts, fixed, np.random.default_rng(0))
+        assert found is not None
+        assert fixed.items() <= found.answers.items()

@@ -1,0 +1,130 @@
+"""From a workload and a space to a guide: what is in it, and that it agrees with what compressors then do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compressors.distill import Distill
+from compressors.layers import read_layers
+from compressors.pipeline import Compressor
+from compressors.plan import Step
+from compressors.prune import Prune
+from compressors.quantize import Quantize
+from search.sensitivity import guide
+from search.solver import Guide, Tables
+from search.space import SearchSpace, build_space
+from search.workload import Workload, classification
+from tests.context import make_context
+from tests.studies import CountingRuntime, splits
+from tests.zoo import build, images
+
+RECOVERY = {
+    "when": "structure",
+    "epochs": {"choices": [0, 2, 4]},
+    "temperature": {"low": 1, "high": 4},
+}
+PRUNING = {"sparsity": {"choices": [0.0, 0.25, 0.5], "granularity": "layer"}, "align": {"choices": [1, 4]}}
+
+
+def make(
+    net: str, spaces: Mapping[str, Mapping[str, Any]], folder: Path, more: Mapping[str, Compressor] | None = None
+) -> tuple[nn.Module, SearchSpace, Guide | None]:
+    model, example = build(net), (images(),)
+    known: dict[str, Compressor] = {
+        "prune": Prune(),
+        "distill": Distill(weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=8, first_round=2),
+        "quantize": Quantize(),
+        **(more or {}),
+    }
+    compressors = {name: known[name] for name in spaces}
+    groups = {name: c.groups(model, example) for name, c in compressors.items()}
+    layers = read_layers(model, example)
+    runtimes = {name: CountingRuntime() for name in ("one", "two")}
+    space = build_space(spaces, compressors, groups, layers, runtimes)
+    workload = Workload(f"{net}-noise", model, splits(), classification())
+    return model, space, guide(workload, layers, compressors, space, folder)
+
+
+def test_every_deciding_knob_and_choice_has_an_effect_in_every_variant(tmp_path: Path) -> None:
+    bits = {"bits": {"choices": [8, 32], "granularity": "layer"}}
+    _, space, found = make("residual", {"prune": PRUNING, "distill": RECOVERY, "quantize": bits}, tmp_path)
+    assert found is not None
+    assert [variant.answers for variant in found.variants] == [{"prune.align": 1}, {"prune.align": 4}]
+    for variant in found.variants:
+        for method in space.methods:
+            for knob in method.deciding if method.name != "distill" else ():
+                effects = variant.effects[knob.name]
+                assert tuple(effects) == knob.choices
+                assert effects[method.off[1]].loss == 0
+                assert all(effect.loss >= 0 for effect in effects.values())
+    assert found.targets == ({"deploy.runtime": "one"}, {"deploy.runtime": "two"})
+    assert found.growth == ("distill.epochs", (2, 4))
+    assert found.structural >= {"prune.align", "distill.epochs", "distill.temperature"}
+    assert not any(name.startswith("quantize") for name in found.structural)
+
+
+def test_it_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces = {"prune": PRUNING}
+    _, _, first = make("plain", spaces, tmp_path)
+    monkeypatch.setattr("search.sensitivity.diagonal_fisher", lambda *_: pytest.fail("computed again"))
+    _, _, again = make("plain", spaces, tmp_path)
+    assert first is not None
+    assert again is not None
+    assert again.variants == first.variants
+
+
+def test_without_a_sensitive_method_there_is_no_guide(tmp_path: Path) -> None:
+    recovery = {key: value for key, value in RECOVERY.items() if key != "when"}
+    assert make("plain", {"distill": recovery}, tmp_path)[2] is None
+
+
+@pytest.mark.parametrize("net", ["plain", "residual", "concat", "depthwise"])
+def test_predicted_shares_are_those_of_the_pruned_model(net: str, tmp_path: Path) -> None:
+    """All groups cut at once: the shares of outputs and inputs multiply to the weights that are left."""
+    model, _, found = make(net, {"prune": PRUNING}, tmp_path)
+    assert found is not None
+    tables = Tables(found)
+    pick = np.array([[choices.index(0.5) for choices in tables.choices]], dtype=np.intp)
+    shares = np.exp(tables.log_shares(pick, np.zeros(1, dtype=np.intp)))[0]
+    before = {layer.name: layer.params for layer in read_layers(model, (images(),))}
+    owners = Prune().groups(model, (images(),))
+    step = Step("prune", {owner: {"sparsity": 0.5} for owner in owners}, {"align": 1})
+    Prune().apply(model, step, make_context(model), 0)
+    for layer, share in zip(found.layers, shares, strict=True):
+        weight = model.get_parameter(f"{layer.name}.weight")
+        whole = int(np.prod(layer.weight_shape))
+        assert before[layer.name] >= whole
+        # Where the channels of two groups lie side by side, each counts as if it were alone.
+        assert weight.numel() == pytest.approx(share * whole, rel=0.15 if net == "concat" else 1e-6), layer.name
+
+
+def test_only_what_a_plan_asks_is_part_of_it(tmp_path: Path) -> None:
+    bits = {"bits": {"choices": [8, 32], "granularity": "model"}}
+    _, space, found = make("plain", {"prune": PRUNING, "distill": RECOVERY, "quantize": bits}, tmp_path)
+    assert found is not None
+    knobs = [knob for method in space.methods for knob in (*method.deciding, *method.others)]
+    answers = {knob.name: knob.middle() for knob in knobs} | {"deploy.runtime": "one"}
+    assert set(found.asked(answers)) == {*(knob.name for knob in knobs), "deploy.runtime"}
+    whole = answers | {knob.name: 0.0 for knob in knobs if knob.key == "sparsity"}
+    assert not any(name.startswith("distill") or name == "prune.align" for name in found.asked(whole))
+
+
+def test_a_range_is_predicted_at_some_of_its_values(tmp_path: Path) -> None:
+    ranged = {"sparsity": {"low": 0.0, "high": 0.75, "granularity": "model"}}
+    _, _, found = make("plain", {"prune": ranged}, tmp_path)
+    assert found is not None
+    (effects,) = found.variants[0].effects.values()
+    assert list(effects) == pytest.approx([0.0, 0.15, 0.3, 0.45, 0.6, 0.75])
+    losses = [effect.loss for effect in effects.values()]
+    assert losses == sorted(losses)
+
+
+def test_the_networks_gradients_are_left_alone(tmp_path: Path) -> None:
+    model, _, _ = make("plain", {"prune": PRUNING}, tmp_path)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model(images()), build("plain")(images()))
