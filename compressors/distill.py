@@ -16,7 +16,6 @@ from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.pipeline import Applied, Batch, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
 
-
 PRECISIONS = ("auto", "fp32", "bf16")
 PASSES = 4
 
