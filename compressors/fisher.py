@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,9 @@ class Sensitive(Protocol):
 def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0) -> Fisher:
     """One pass over `examples` examples; targets are drawn from the model's own prediction, so labels are not needed.
 
-    The output must be `(n, classes)` logits. Drawn targets, unlike the true ones, give the Fisher information itself
-    (Kunstner 2019, arXiv 1905.12558); one example at a time, because the square of a mean is not the mean of squares.
+    Outputs `(n, classes)` are taken for logits, all others for the means of normal distributions. Drawn targets,
+    unlike the true ones, give the Fisher information itself (Kunstner 2019, arXiv 1905.12558); one example at a time,
+    because the square of a mean is not the mean of squares.
     """
     was = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
@@ -88,9 +89,18 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 
         count += 1
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(was[name])
+    _share(model, squares, gates)
     return Fisher(
         {name: total / count for name, total in squares.items()}, {n: torch.stack(rows) for n, rows in gates.items()}
     )
+
+
+def _share(model: nn.Module, *tables: dict[str, Any]) -> None:
+    """Every name of a tied parameter stands for the same."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for table in tables:
+            table[name] = table[first[id(parameter)]]
 
 
 def _single(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Tensor, ...]]:
@@ -105,9 +115,13 @@ def _single(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Tensor, .
 def _gradients(
     model: nn.Module, inputs: tuple[Tensor, ...], generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    logits = model(*inputs)
-    target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    loss = nn.functional.cross_entropy(logits, target)
+    output = model(*inputs)
+    if output.dim() == 2 and output.shape[1] > 1:
+        target = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(output, target)
+    else:
+        noise = torch.randn(output.shape, generator=generator)
+        loss = 0.5 * (output - (output.detach() + noise)).square().sum()
     named = [(name, p) for name, p in model.named_parameters()]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     for (name, parameter), gradient in zip(named, gradients, strict=True):

@@ -28,7 +28,7 @@ class Divergence:
         return (LOSS,)
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
-        """Outputs `(n, classes)` are taken for logits; any other shape is summed over all but the first axis."""
+        """Outputs `(n, classes)`, two or more, are logits; any other shape is summed over all but the first axis."""
         losses = divergences(examples.original, finite(examples.outputs(deployed)))
         n, value = len(losses), max(0.0, float(losses.mean()))
         half = Z95 * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else value
@@ -42,7 +42,7 @@ class Divergence:
 def divergences(original: np.ndarray, candidate: np.ndarray) -> Outputs:
     """One number in nats per example; both have the examples first."""
     wanted, got = original.astype(np.float64), candidate.astype(np.float64)
-    if wanted.ndim == 2:
+    if wanted.ndim == 2 and wanted.shape[1] > 1:
         wanted, got = _log_softmax(wanted), _log_softmax(got)
         return np.asarray((np.exp(wanted) * (wanted - got)).sum(axis=1))
     return np.asarray(0.5 * ((wanted - got) ** 2).reshape(len(wanted), -1).sum(axis=1))

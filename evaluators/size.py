@@ -7,6 +7,8 @@ from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Deployed
 
+SIZE = Metric("size_bytes", "bytes", "minimize")
+
 
 @dataclass(frozen=True)
 class Size:
@@ -14,11 +16,11 @@ class Size:
 
     def metrics(self) -> tuple[Metric, ...]:
         """One: `size_bytes`."""
-        return (Metric("size_bytes", "bytes", "minimize"),)
+        return (SIZE,)
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
         """An exact count."""
-        return (exact(self.metrics()[0], deployed.bytes, {"files": len(deployed.files)}),)
+        return (exact(SIZE, deployed.bytes, {"files": len(deployed.files)}),)
 
     def close(self) -> None:
         """Holds nothing."""

@@ -26,6 +26,7 @@ from evaluators.machine import machine, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from evaluators.score import Score
+from evaluators.size import SIZE
 from search.cache import Cache
 from search.conclude import Selection
 from search.ladder import Ladder
@@ -110,6 +111,8 @@ def build(
     prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
     shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
+    # A guide speaks of the quality: where that is no objective, there is nothing to be guided by.
+    guided &= any(metric.name == str(config.quality) for metric in objectives)
     known = guide(workload, layers, compressors, space, cache) if guided else None
     store = Cache(shared, config.cache_gb * 1e9)
     workbench = Workbench(
@@ -253,7 +256,8 @@ def _plain_sampler(config: DictConfig, seed: int) -> Any:
 def _role(metric: Metric, quality: str) -> Role:
     if metric.name == quality:
         return "quality"
-    return "size" if metric.unit == "bytes" else "latency"
+    # Memory has bytes too, but follows from the weights no better than a latency does.
+    return "size" if metric.name == SIZE.name else "latency"
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:

@@ -132,7 +132,8 @@ class Proposer:
             # Nothing is expected to gain: that which possibly does.
             gain = self._gain(drawn, rows, drawn.expected(rows, drawn.losses(rows))[0], broken, remaining_s)
         seen = {parsed.identity for parsed in state.parsed} | set(map(self.identity, taken))
-        for i in np.argsort(-gain, kind="stable"):
+        order = np.argsort(-gain, kind="stable")
+        for i in order[gain[order] >= 0]:
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.identity(answers) not in seen:
                 return Proposal(answers, tuple(map(float, expected[i])) if state.known else None)
@@ -144,6 +145,7 @@ class Proposer:
         """By chance, once all that compete were seen; None when that finds none either."""
         pick = rng.integers([len(choices) for choices in self.tables.choices], size=(BY_CHANCE, len(self.tables.names)))
         rows = self._fresh(pick, rng, TRIAL_S, np.zeros_like(pick, dtype=bool))
+        rows.growth = rng.integers(1, len(self.levels) + 1, BY_CHANCE) if self.levels else rows.growth
         possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), pick]).all(1)
         for i in np.flatnonzero(possible):
             answers = {**self._answers(rows, int(i)), **fixed}
@@ -171,13 +173,12 @@ class Proposer:
         """Answers as indices; what was not asked counts as off."""
         tables = self.tables
         pick = [
-            choices.index(answers[name]) if answers.get(name) in choices else int(off)
+            _nearest(choices, answers.get(name), int(off))
             for name, choices, off in zip(tables.names, tables.choices, tables.off, strict=True)
         ]
-        growth = self.guide.growth
-        level = self.levels.index(answers[growth[0]]) + 1 if growth and answers.get(growth[0]) in self.levels else 0
+        level = _nearest((0, *self.levels), answers.get(self.guide.growth[0]), 0) if self.guide.growth else 0
         own = frozenset((k, v) for k, v in answers.items() if k in self.guide.structural)
-        bare = frozenset((k, v) for k, v in own if not growth or k != growth[0])
+        bare = frozenset((k, v) for k, v in own if not self.guide.growth or k != self.guide.growth[0])
         return _Parsed(
             tuple(pick),
             _match([v.answers for v in self.guide.variants], answers),
@@ -651,6 +652,9 @@ class _State:
         reached: dict[frozenset[tuple[str, Scalar]], int] = {}
         still, trained = [], []
         for fact, parsed in zip(self.facts, self.parsed, strict=True):
+            # What died or could not be done tells nothing of how long it takes to do it.
+            if not fact.complete and fact.loss is None:
+                continue
             before = reached.get(parsed.structure, 0)
             if fact.seconds > 0 and parsed.growth <= before:
                 still.append(fact.seconds)
@@ -670,6 +674,18 @@ class _State:
         """What a trial is expected to take that trains from one level of growth to another."""
         usual, growth = self._pace
         return usual + (growth * self._amount(before, after) if after > before and self.proposer.levels else 0.0)
+
+
+def _nearest(choices: Sequence[Scalar], value: Scalar | None, off: int) -> int:
+    """The choice itself; of a number between choices, as a range has them, the one next to it."""
+    if value is None:
+        return off
+    if value in choices:
+        return list(choices).index(value)
+    numbers = [c for c in choices if isinstance(c, int | float)]
+    if not isinstance(value, int | float) or len(numbers) < len(choices):
+        return off
+    return min(range(len(numbers)), key=lambda i: abs(numbers[i] - value))
 
 
 def _match(places: Sequence[Answers], answers: Answers) -> int:

@@ -34,9 +34,9 @@ class GuidedSampler(BaseSampler):
 
     `roles` says what each objective is: `quality` (one of them) follows the predicted loss, `latency` and `size` are
     learnt from what trials measured; by default the first is the quality and the others latencies. `tolerance` is
-    the share of the best model's quality below which nothing is of interest; None takes the front's own range. Beliefs
-    are derived anew from the study's stored trials, so any number of workers agree and a restart changes nothing: the
-    same trials and the same seed give the same proposal. Without a guide it is TPE.
+    the share of the uncompressed quality that may go before nothing is of interest; None takes all that was seen.
+    Beliefs are derived anew from the study's stored trials, so any number of workers agree and a restart changes
+    nothing: the same trials, seed and time left give the same proposal. Without a guide it is TPE.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class GuidedSampler(BaseSampler):
         self._tpe = TPESampler(seed=seed)
         self._proposers: dict[int, Proposer] = {}
         self._read: dict[int, Fact] = {}
-        self._proposed: tuple[int, Answers] | None = None
+        self._of: tuple[int, int] | None = None
+        self._proposed: dict[int, Answers] = {}
         self._rest: tuple[int, Study] | None = None
 
     def guided_by(self, guide: Guide, roles: Sequence[Role]) -> "GuidedSampler":
@@ -84,14 +85,22 @@ class GuidedSampler(BaseSampler):
         """The proposal's answer; without one, TPE on how much better trials went than was to be expected."""
         if self.guide is None:
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
-        if self._proposed is None or self._proposed[0] != trial.number:
-            self._proposed = (trial.number, self._propose(study, trial))
-        answers = self._proposed[1]
+        self._turn_to(study)
+        if trial.number not in self._proposed:
+            self._proposed[trial.number] = self._propose(study, trial)
+        answers = self._proposed[trial.number]
         if param_name in answers and _holds(param_distribution, answers[param_name]):
             return answers[param_name]
         seed = np.random.SeedSequence([self.seed, trial.number, *param_name.encode()]).generate_state(1)[0]
         tpe = TPESampler(seed=int(seed), n_startup_trials=TPE_STARTUP)
         return tpe.sample_independent(self._surprises(study, trial.number), trial, param_name, param_distribution)
+
+    def _turn_to(self, study: Study) -> None:
+        """What was read of one study says nothing of another one."""
+        this = (study._study_id, id(study._storage))
+        if self._of != this:
+            self._of, self._rest = this, None
+            self._proposed, self._proposers, self._read = {}, {}, {}
 
     def _propose(self, study: Study, trial: FrozenTrial) -> Answers:
         """What was enqueued or already answered stays as it is."""
@@ -115,7 +124,8 @@ class GuidedSampler(BaseSampler):
             self._tpe.before_trial(study, trial)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Hands on to TPE, where there is no guide."""
+        """Forgets the proposal; hands on to TPE, where there is no guide."""
+        self._proposed.pop(trial.number, None)
         if self.guide is None:
             self._tpe.after_trial(study, trial, state, values)
 
@@ -136,7 +146,8 @@ class GuidedSampler(BaseSampler):
         for trial in finished:
             if trial.number not in self._read:
                 self._read[trial.number] = _fact(trial, signs, names)
-        return [self._read[t.number] for t in finished if "duplicate_of" not in t.user_attrs]
+        # What failed for a reason of the moment may be tried again.
+        return [self._read[t.number] for t in finished if not {"duplicate_of", "missed"} & set(t.user_attrs)]
 
     def _surprises(self, study: Study, number: int) -> Study:
         """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""

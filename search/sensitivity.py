@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +10,8 @@ from pathlib import Path
 from compressors.fisher import Effect, Fisher, Sensitive, diagonal_fisher
 from compressors.pipeline import Compressor, Stage
 from compressors.plan import LayerSpec, Scalar, digest
+from evaluators.export import once
+from evaluators.machine import versions
 from search.solver import Answers, Guide, Variant
 from search.space import RUNTIME_KNOB, Knob, Method, SearchSpace
 from search.workload import Workload
@@ -19,6 +20,8 @@ EXAMPLES = 32
 # Every combination of a method's settings without a layer of their own is a table; more than these are thinned out.
 MOST_VARIANTS = 9
 RANGE_LEVELS = 6
+# Raised whenever predictions are made in another way.
+FORMAT = 1
 
 
 def guide(
@@ -33,14 +36,15 @@ def guide(
     methods = [method for method in space.methods if method.name in sensitive]
     if not methods:
         return None
-    path = cache / "sensitivity" / f"{digest([space.digest, workload.fingerprint()])}.json"
-    variants = _stored(path)
-    if variants is None:
-        variants = tuple(_variants(workload, sensitive, methods))
-        _store(path, variants)
+    key = digest([FORMAT, versions(), space.digest, workload.fingerprint()])
+    path = cache / "sensitivity" / f"{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of several workers that begin together, all read what the first one wrote.
+    once(path, lambda made: _store(made, tuple(_variants(workload, sensitive, methods))))
     return Guide(
         layers=tuple(layers),
-        variants=variants,
+        variants=_stored(path),
+        off={knob.name: method.off[1] for method in methods for knob in method.deciding},
         targets=tuple(_targets(space)),
         growth=_growth(space),
         structural=frozenset(knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in _knobs(m)),
@@ -94,8 +98,8 @@ def _sum(effects: Sequence[Effect]) -> Effect:
 
 def _levels(knob: Knob) -> tuple[Scalar, ...]:
     """The choices; of a range, some values evenly apart that lie on its grid."""
-    if knob.choices:
-        return knob.choices
+    if knob.choices or knob.low == knob.high:
+        return knob.choices or (knob.low,)
     whole = isinstance(knob.low, int) and isinstance(knob.high, int)
     step = knob.step or (1 if whole else (knob.high - knob.low) / (RANGE_LEVELS - 1))
     count = int((knob.high - knob.low) / step + 1e-9) + 1
@@ -138,18 +142,12 @@ def _asked(space: SearchSpace, answers: Answers) -> dict[str, Scalar]:
     return asked
 
 
-def _stored(path: Path) -> tuple[Variant, ...] | None:
-    if not path.exists():
-        return None
+def _stored(path: Path) -> tuple[Variant, ...]:
     return tuple(_from_json(row) for row in json.loads(path.read_text()))
 
 
 def _store(path: Path, variants: Sequence[Variant]) -> None:
-    """Complete or not at all: another process may look for it now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump([_to_json(variant) for variant in variants], file)
-    Path(file.name).replace(path)
+    path.write_text(json.dumps([_to_json(variant) for variant in variants]))
 
 
 def _to_json(variant: Variant) -> object:

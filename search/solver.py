@@ -34,7 +34,8 @@ class Guide:
 
     `variants` all speak of the same knobs and choices. `targets` are the places where a plan can run, each with the
     answers that choose it. `growth` is a knob that buys back loss, with its values in rising order. A change of one of
-    the `structural` knobs means training. `asked` leaves out what a plan with these answers never asks.
+    the `structural` knobs means training. `off` is what leaves a knob's layers alone, if that is not its choice of the
+    least loss. `asked` leaves out what a plan with these answers never asks.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -43,6 +44,7 @@ class Guide:
     growth: tuple[str, tuple[Scalar, ...]] | None = None
     structural: frozenset[str] = frozenset()
     asked: Callable[[Answers], Answers] = field(default=lambda answers: answers)
+    off: Answers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,14 @@ class Tables:
         self.channels = np.array([layer.weight_shape[0] for layer in guide.layers], dtype=np.float64)
         self.params = _normalised([0 if layer.tied_to else layer.params for layer in guide.layers])
         self.loss = self._losses(guide.variants)
-        self.off: Ints = self.loss[0].argmin(1)
+        least = self.loss[0].argmin(1)
+        self.off: Ints = np.array(
+            [
+                choices.index(guide.off[name]) if guide.off.get(name) in choices else least[k]
+                for k, (name, choices) in enumerate(zip(self.names, self.choices, strict=True))
+            ],
+            dtype=np.intp,
+        )
         index = {layer.name: i for i, layer in enumerate(guide.layers)}
         self._knobs = [self._knob(name, guide.variants, index) for name in self.names]
 

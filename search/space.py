@@ -141,7 +141,7 @@ class SearchSpace:
             if method.needs_structure:
                 continue
             levels = _levels(method)
-            for value in [levels[len(levels) // 2]] if sparing else levels:
+            for value in [levels[(len(levels) - 1) // 2]] if sparing else levels:
                 for runtime, precisions in self.targets.items():
                     yield self._answers(Target(runtime, precisions[-1]), {method.name: value}, sparing)
 

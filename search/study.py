@@ -203,8 +203,8 @@ class _Loop:
             if space.sample(FixedTrial(answers)).digest not in known:
                 self.study.enqueue_trial(answers)
                 break
-        if self.search.budget.minutes is not None:
-            self.study.set_user_attr(REMAINING, 60 * self.search.budget.minutes - self._elapsed())
+        minutes = self.search.budget.minutes
+        self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
         with _quiet():
             trial = self.study.ask()
         trial.set_user_attr("owner", this_process())
@@ -248,6 +248,13 @@ class _Loop:
                 return None
         return record
 
+    def _others(self) -> list[TrialRecord]:
+        """The records so far, read again when another worker has told of some that are not among them."""
+        told = {t.number for t in _counted(self.study) if t.state is not TrialState.FAIL}
+        if told - {record.number for record in self.records}:
+            return list(self.search.tracker.records(self.run))
+        return self.records
+
     def _expected(self, trial: Trial) -> dict[str, float]:
         """Asked of the storage: the live trial does not see what the sampler wrote."""
         stored = self.study.get_trials(deepcopy=False)[trial.number]
@@ -256,7 +263,7 @@ class _Loop:
 
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""
-        self.records = [*(r for r in self.records if r.number != record.number), record]
+        self.records = [*(r for r in self._others() if r.number != record.number), record]
         for name, told in _told(record, [metric.name for metric in self.search.objectives]).items():
             trial.set_user_attr(name, told)
         if not record.measured:

@@ -11,6 +11,7 @@ from evaluators.measurement import Metric
 from evaluators.score import Score
 from search import build
 from search.ladder import Ladder
+from search.sampler import GuidedSampler
 from search.select import Bound
 from search.space import RUNTIME_KNOB
 from search.study import Search
@@ -92,6 +93,28 @@ def test_the_sampler_is_seeded_by_the_search(store: Path) -> None:
     first, second = make(1), make(1)
     assert first is not second
     assert type(first).__name__ == "RandomSampler"
+
+
+OBJECTIVES = "objectives=[latency_ratio,accuracy,size_bytes,peak_memory_bytes]"
+
+
+def test_the_default_sampler_knows_the_space_and_what_each_objective_is(store: Path) -> None:
+    search = built(store, "evaluator=[accuracy,latency,size,memory]", OBJECTIVES)
+    sampler, later = search.sampler(0), search.sampler(9)
+    assert isinstance(sampler, GuidedSampler)
+    assert isinstance(later, GuidedSampler)
+    assert sampler.roles == ("latency", "quality", "size", "latency")
+    assert sampler.seed == later.seed, "the same trials, the same proposal"
+    assert sampler.guide is not None
+    assert search.sparing
+
+
+def test_without_quality_among_the_objectives_there_is_no_guide(store: Path) -> None:
+    search = built(store, "objectives=[latency_ratio,size_bytes]")
+    sampler = search.sampler(0)
+    assert isinstance(sampler, GuidedSampler)
+    assert sampler.guide is None
+    assert not search.sparing
 
 
 def test_evaluators_given_from_python_come_first(store: Path) -> None:

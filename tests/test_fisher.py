@@ -1,6 +1,7 @@
 """Predicted rises of the loss, against formulas on small nets and against measurements on a trained one."""
 
 import copy
+import math
 from functools import cache
 from itertools import pairwise
 
@@ -53,6 +54,23 @@ def test_removed_channels_act_as_one() -> None:
     assert fisher.removal([("a", [0]), ("b", [0])]) == 0
     assert fisher.removal([("a", [0])]) == pytest.approx(0.5 * (1 + 9) / 2)
     assert fisher.removal([]) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5)])
+def test_outputs_that_are_no_logits_are_means_of_normal_distributions(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, math.prod(shape[1:])), nn.Unflatten(1, shape[1:]))
+    inputs = torch.randn(2000, 6)
+    fisher = diagonal_fisher(model, batches(inputs), examples=2000)
+    exact = inputs.square().mean(0).expand(math.prod(shape[1:]), 6)
+    torch.testing.assert_close(fisher.squares["0.weight"], exact, rtol=0.2, atol=0.05)
+
+
+def test_tied_parameters_have_all_their_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    fisher = diagonal_fisher(model, batches(torch.randn(20, 4)), examples=10)
+    assert torch.equal(fisher.squares["2.weight"], fisher.squares["0.weight"])
 
 
 def test_the_pass_leaves_the_model_as_it_was_and_repeats() -> None:

@@ -115,6 +115,47 @@ def test_the_same_trials_and_seed_give_the_same_proposal_in_another_process(tmp_
     assert ask(other, guide).params != expected
 
 
+def test_what_was_read_of_one_study_says_nothing_of_another() -> None:
+    guide, sampler = make_guide(4), guided(make_guide(4))
+    first, second = begun(sampler), begun(guided(guide, seed=3))
+    for study in (first, second):
+        for _ in range(6):
+            tell(study, ask(study, guide), guide)
+    second.sampler = sampler
+    used = ask(second, guide).params
+    second.tell(6, state=TrialState.FAIL)
+    third = optuna.create_study(directions=second.directions, sampler=guided(guide))
+    third.add_trials(second.trials[:6])
+    assert ask(third, guide).params == used
+
+
+def test_trials_that_are_asked_in_turn_keep_their_own_proposals() -> None:
+    guide = make_guide(4)
+    study = begun(guided(guide))
+    for _ in range(4):
+        tell(study, ask(study, guide), guide)
+    one, two = study.ask(), study.ask()
+    names = list(guide.variants[0].effects)
+    for name in names:
+        one.suggest_categorical(name, BITS)
+        two.suggest_categorical(name, BITS)
+    alone = optuna.create_study(directions=study.directions, sampler=guided(guide))
+    alone.add_trials(study.trials[:4])
+    assert ask(alone, guide).params == one.params
+
+
+def test_a_failure_of_the_moment_may_be_tried_again() -> None:
+    guide = make_guide(1)
+    study = begun(guided(guide))
+    for bits in BITS[1:]:
+        study.enqueue_trial({"bits@l0": bits})
+        tell(study, ask(study, guide), guide)
+    missed = ask(study, guide)
+    missed.set_user_attr("missed", "too busy")
+    study.tell(missed, state=TrialState.FAIL)
+    assert ask(study, guide).params == missed.params
+
+
 def test_enqueued_and_fixed_answers_are_kept() -> None:
     guide = make_guide(4)
     study = begun(guided(guide))
