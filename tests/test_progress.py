@@ -16,6 +16,12 @@ from search.trial import Stop, TrialRecord
 from tests.studies import ACCURACY, RATIO
 
 
+@pytest.fixture(autouse=True)
+def a_real_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever these tests are started from: a dumb one shows no bars."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def record(number: int, accuracy: float = 0.9, ratio: float = 0.5, infeasible: str | None = None) -> TrialRecord:
     measurements = () if infeasible else (exact(ACCURACY, accuracy), exact(RATIO, ratio))
     return TrialRecord(number, CompressionPlan(Target("fake", "fp32")), measurements, infeasible, {}, {}, {})
