@@ -81,11 +81,7 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 
     for inputs in _single(batches, examples):
         for name, parameter, gradient in _gradients(model, inputs, generator):
             squares[name] += gradient.square()
-            gates[name].append(
-                (gradient * parameter.detach()).flatten(1).sum(1)
-                if gradient.dim() > 1
-                else gradient * parameter.detach()
-            )
+            gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
         count += 1
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(was[name])

@@ -33,9 +33,7 @@ class Context:
     """What a compressor may look at besides the model: never the validation or test split.
 
     `loss` takes `(output, target)` and gives a scalar; it is None where the data has no labels. `train` yields freshly
-    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `after_round` is
-    called by `compress` with the model and the step it has had so far when a round of training was not the last one;
-    it may raise to end the training, and must leave the model as it is.
+    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches.
     """
 
     teacher: nn.Module
@@ -44,7 +42,6 @@ class Context:
     calibration: Callable[[], Iterable[Batch]]
     loss: Callable[[Tensor, Tensor], Tensor] | None
     progress: Callable[[str], None] = lambda _text: None
-    after_round: Callable[[nn.Module, Step], None] = lambda _model, _step: None
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,6 @@ class _Leg:
     prefix: str
     step: Step
     since: Step | None
-    last: bool
 
 
 class _Run:
@@ -253,8 +249,6 @@ class _Run:
         for leg in way[passed:]:
             achieved[leg.step.method] = self._advance(model, leg).achieved
             self.store.save(leg.prefix, model, achieved)
-            if not leg.last:
-                self.context.after_round(model, leg.step)
         return achieved
 
     def _way(self) -> Iterator[_Leg]:
@@ -264,7 +258,7 @@ class _Run:
             rounds = method.rounds(step) if isinstance(method, Growing) else (step,)
             since: Step | None = None
             for end in rounds:
-                yield _Leg(prefix_digest([*before, end], self.plan.seed), end, since, last=end == step)
+                yield _Leg(prefix_digest([*before, end], self.plan.seed), end, since)
                 since = end
             before.append(step)
 

@@ -150,17 +150,22 @@ def relate(loss: Floats, drop: Floats, noise: float, rng: np.random.Generator | 
 POWERS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5)
 
 
-def improvement(points: Floats, front: Floats, low: Floats, high: Floats, rng: np.random.Generator) -> Floats:
-    """Share of the box from `low` to `high` that each of `points` `(n, m)` would add to what `front` dominates.
-
-    All objectives are to be minimized. Monte Carlo over `SAMPLES` points of the box.
-    """
-    samples = rng.random((SAMPLES, len(low))) * (high - low) + low
+def uncovered(front: Floats, low: Floats, high: Floats) -> Floats:
+    """Of `SAMPLES` points spread over the box from `low` to `high`, those that no member of `front` dominates."""
+    samples = np.random.default_rng(0).random((SAMPLES, len(low))) * (high - low) + low
     for member in front:
         dominated: NDArray[np.bool_] = np.all(member <= samples, axis=1)
         samples = samples[~dominated]
+    return samples
+
+
+def improvement(points: Floats, samples: Floats) -> Floats:
+    """Share of the box that each of `points` `(n, m)` would add to what is covered, from its `uncovered` samples.
+
+    All objectives are to be minimized.
+    """
     covered: NDArray[np.bool_] = np.ones((len(points), len(samples)), dtype=bool)
-    for j in range(len(low)):
+    for j in range(points.shape[1]):
         covered &= points[:, j, None] <= samples[None, :, j]
     share: Floats = covered.sum(1) / SAMPLES
     return share

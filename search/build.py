@@ -29,9 +29,9 @@ from evaluators.score import Score
 from evaluators.size import SIZE
 from search.cache import Cache
 from search.conclude import Selection
+from search.facts import Role
 from search.ladder import Ladder
 from search.models import check_model, load_checkpoint
-from search.proposals import Role
 from search.sampler import GuidedSampler
 from search.select import Bound
 from search.sensitivity import guide

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from compressors.errors import ConfigError
-from search.proposals import Fact, Proposer, Role
+from search.facts import Aim, Fact, Role
+from search.proposals import Proposer
 from search.solver import Answers, Guide
 
-LOSS = "loss"
+MEASURED_LOSS = "loss"
 """User attribute of a trial: the measured rise of the loss, in the currency of the guide."""
 PREVIEW = "preview"
 """User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
@@ -54,11 +56,7 @@ class GuidedSampler(BaseSampler):
         self.guide, self.roles, self.tolerance = guide, tuple(roles), tolerance
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._tpe = TPESampler(seed=seed)
-        self._proposers: dict[int, Proposer] = {}
-        self._read: dict[int, Fact] = {}
-        self._of: tuple[int, int] | None = None
-        self._proposed: dict[int, Answers] = {}
-        self._rest: tuple[int, Study] | None = None
+        self._reading: _Reading | None = None
 
     def guided_by(self, guide: Guide, roles: Sequence[Role]) -> "GuidedSampler":
         """The same with a guide."""
@@ -85,24 +83,32 @@ class GuidedSampler(BaseSampler):
         """The proposal's answer; without one, TPE on how much better trials went than was to be expected."""
         if self.guide is None:
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
-        self._turn_to(study)
-        if trial.number not in self._proposed:
-            self._proposed[trial.number] = self._propose(study, trial)
-        answers = self._proposed[trial.number]
+        reading = self._read(study, self.guide)
+        answers = reading.proposed.get(trial.number, {})
+        # An answer that came from elsewhere, such as a fixed one, was not foreseen: the rest follows it.
+        if trial.number not in reading.proposed or any(answers.get(n, v) != v for n, v in trial.params.items()):
+            answers = reading.proposed[trial.number] = self._propose(study, trial, reading)
         if param_name in answers and _holds(param_distribution, answers[param_name]):
             return answers[param_name]
         seed = np.random.SeedSequence([self.seed, trial.number, *param_name.encode()]).generate_state(1)[0]
         tpe = TPESampler(seed=int(seed), n_startup_trials=TPE_STARTUP)
-        return tpe.sample_independent(self._surprises(study, trial.number), trial, param_name, param_distribution)
+        return tpe.sample_independent(self._surprises(study, trial, reading), trial, param_name, param_distribution)
 
-    def _turn_to(self, study: Study) -> None:
+    def _read(self, study: Study, guide: Guide) -> "_Reading":
         """What was read of one study says nothing of another one."""
         this = (study._study_id, id(study._storage))
-        if self._of != this:
-            self._of, self._rest = this, None
-            self._proposed, self._proposers, self._read = {}, {}, {}
+        if self._reading is None or self._reading.of != this:
+            self._reading = _Reading(this, Proposer(guide, self._aim(len(study.directions))))
+        return self._reading
 
-    def _propose(self, study: Study, trial: FrozenTrial) -> Answers:
+    def _aim(self, objectives: int) -> Aim:
+        latencies: list[Role] = ["latency"] * (objectives - 1)
+        roles = self.roles or ("quality", *latencies)
+        if len(roles) != objectives:
+            raise ConfigError("sampler.roles", f"are {list(roles)}", f"give one for each of {objectives} objectives")
+        return Aim(roles, self.tolerance)
+
+    def _propose(self, study: Study, trial: FrozenTrial, reading: "_Reading") -> Answers:
         """What was enqueued or already answered stays as it is."""
         fixed = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         left = study.user_attrs.get(REMAINING)
@@ -110,13 +116,28 @@ class GuidedSampler(BaseSampler):
         others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
         taken = [{**t.system_attrs.get("fixed_params", {}), **t.params} for t in others if t.number != trial.number]
         remaining = np.inf if left is None else float(left)
-        proposal = self._proposer(study).propose(self._facts(study), fixed, rng, taken, remaining)
+        proposal = reading.proposer.propose(reading.told(study), fixed, rng, taken, remaining)
         if proposal is None:
             return {}
         if proposal.expected is not None:
             signed = [s * v for s, v in zip(_signs(study), proposal.expected, strict=True)]
             study._storage.set_trial_user_attr(trial._trial_id, EXPECTED, signed)
         return proposal.answers
+
+    def _surprises(self, study: Study, trial: FrozenTrial, reading: "_Reading") -> Study:
+        """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""
+        if trial.number not in reading.surprises:
+            surprises = reading.proposer.standing(reading.told(study)).surprises
+            trials = {t.number: t for t in _finished(study)}
+            memory = optuna.create_study(sampler=self._tpe)
+            memory.add_trials(
+                [
+                    create_trial(params=trials[n].params, distributions=trials[n].distributions, value=value)
+                    for n, value in list(surprises.items())[-TPE_MEMORY:]
+                ]
+            )
+            reading.surprises[trial.number] = memory
+        return reading.surprises[trial.number]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Hands on to TPE, where there is no guide."""
@@ -125,44 +146,36 @@ class GuidedSampler(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Forgets the proposal; hands on to TPE, where there is no guide."""
-        self._proposed.pop(trial.number, None)
+        if self._reading is not None:
+            self._reading.forget(trial.number)
         if self.guide is None:
             self._tpe.after_trial(study, trial, state, values)
 
-    def _proposer(self, study: Study) -> Proposer:
-        m = len(study.directions)
-        if self.roles and len(self.roles) != m:
-            raise ConfigError("sampler.roles", f"are {list(self.roles)}", f"give one for each of {m} objectives")
-        if m not in self._proposers and self.guide is not None:
-            usual: dict[bool, Role] = {True: "quality", False: "latency"}
-            roles = self.roles or [usual[i == 0] for i in range(m)]
-            self._proposers[m] = Proposer(self.guide, roles, self.tolerance)
-        return self._proposers[m]
 
-    def _facts(self, study: Study) -> list[Fact]:
-        """What the finished trials say."""
+@dataclass
+class _Reading:
+    """What was read of the study `of`, and what is under way for its running trials."""
+
+    of: tuple[int, int]
+    proposer: Proposer
+    facts: dict[int, Fact] = field(default_factory=dict)
+    proposed: dict[int, Answers] = field(default_factory=dict)
+    surprises: dict[int, Study] = field(default_factory=dict)
+
+    def told(self, study: Study) -> list[Fact]:
+        """What the finished trials say; each is read once."""
         signs, finished = _signs(study), _finished(study)
         names = study.metric_names or [""] * len(signs)
         for trial in finished:
-            if trial.number not in self._read:
-                self._read[trial.number] = _fact(trial, signs, names)
+            if trial.number not in self.facts:
+                self.facts[trial.number] = _fact(trial, signs, names)
         # What failed for a reason of the moment may be tried again.
-        return [self._read[t.number] for t in finished if not {"duplicate_of", "missed"} & set(t.user_attrs)]
+        return [self.facts[t.number] for t in finished if not {"duplicate_of", "missed"} & set(t.user_attrs)]
 
-    def _surprises(self, study: Study, number: int) -> Study:
-        """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""
-        if self._rest is None or self._rest[0] != number:
-            residuals = self._proposer(study).residuals(self._facts(study))
-            memory = optuna.create_study(sampler=self._tpe)
-            trials = {t.number: t for t in _finished(study)}
-            memory.add_trials(
-                [
-                    create_trial(params=trials[n].params, distributions=trials[n].distributions, value=value)
-                    for n, value in list(residuals.items())[-TPE_MEMORY:]
-                ]
-            )
-            self._rest = (number, memory)
-        return self._rest[1]
+    def forget(self, number: int) -> None:
+        """The trial has ended."""
+        self.proposed.pop(number, None)
+        self.surprises.pop(number, None)
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:
@@ -190,7 +203,7 @@ def _fact(trial: FrozenTrial, signs: Sequence[float], names: Sequence[str]) -> F
         answers=trial.params,
         values=tuple(s * v for s, v in zip(signs, values, strict=True)),
         complete=complete,
-        loss=trial.user_attrs.get(LOSS),
+        loss=trial.user_attrs.get(MEASURED_LOSS),
         violation=max(trial.constraints.values(), default=0.0),
         seconds=trial.duration.total_seconds() if trial.duration else 0.0,
     )

@@ -39,7 +39,6 @@ def guide(
     key = digest([FORMAT, versions(), space.digest, workload.fingerprint()])
     path = cache / "sensitivity" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of several workers that begin together, all read what the first one wrote.
     once(path, lambda made: _store(made, tuple(_variants(workload, sensitive, methods))))
     return Guide(
         layers=tuple(layers),
@@ -47,7 +46,9 @@ def guide(
         off={knob.name: method.off[1] for method in methods for knob in method.deciding},
         targets=tuple(_targets(space)),
         growth=_growth(space),
-        structural=frozenset(knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in _knobs(m)),
+        structural=frozenset(
+            knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in (*m.deciding, *m.others)
+        ),
         asked=partial(_asked, space),
     )
 
@@ -105,10 +106,6 @@ def _levels(knob: Knob) -> tuple[Scalar, ...]:
     count = int((knob.high - knob.low) / step + 1e-9) + 1
     rows = sorted({round(i * (count - 1) / (RANGE_LEVELS - 1)) for i in range(RANGE_LEVELS)})
     return tuple(int(knob.low + i * step) if whole else knob.low + i * step for i in rows)
-
-
-def _knobs(method: Method) -> tuple[Knob, ...]:
-    return method.deciding + method.others
 
 
 def _targets(space: SearchSpace) -> Iterator[Answers]:

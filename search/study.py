@@ -27,8 +27,7 @@ from evaluators.divergence import LOSS
 from evaluators.measurement import Metric
 from search.ladder import Ladder
 from search.liveness import is_gone, this_process
-from search.sampler import EXPECTED, PREVIEW, REMAINING
-from search.sampler import LOSS as TOLD_LOSS
+from search.sampler import EXPECTED, MEASURED_LOSS, PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
 from search.tracking import StudyRun, Tracker, refuse_another
@@ -40,7 +39,7 @@ RETRIES = 2
 DUPLICATES_IN_A_ROW = 100
 FRONT_FILE = "front.json"
 # User attributes that hold for the plan, whichever trial it was measured in.
-TOLD = {TOLD_LOSS, PREVIEW, "infeasible", "stopped"}
+TOLD = {MEASURED_LOSS, PREVIEW, "infeasible", "stopped"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +151,7 @@ class _Loop:
             self.study = _open_study(search)
         bench = search.workbench
         self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
-        self.records = list(search.tracker.records(self.run))
+        self._take(search.tracker.records(self.run))
         self.spent_before = _spent_s(self.study)
         self.began = time.perf_counter()
         self.looked_after = -math.inf
@@ -248,11 +247,16 @@ class _Loop:
                 return None
         return record
 
-    def _others(self) -> list[TrialRecord]:
+    def _take(self, records: Sequence[TrialRecord]) -> None:
+        """The front is asked for at every phase of a trial, and changes at its end only."""
+        self.records = tuple(records)
+        self.front = self.search.front(self.records)
+
+    def _others(self) -> Sequence[TrialRecord]:
         """The records so far, read again when another worker has told of some that are not among them."""
         told = {t.number for t in _counted(self.study) if t.state is not TrialState.FAIL}
         if told - {record.number for record in self.records}:
-            return list(self.search.tracker.records(self.run))
+            return self.search.tracker.records(self.run)
         return self.records
 
     def _expected(self, trial: Trial) -> dict[str, float]:
@@ -263,14 +267,16 @@ class _Loop:
 
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""
-        self.records = [*(r for r in self._others() if r.number != record.number), record]
+        self._take([*(r for r in self._others() if r.number != record.number), record])
         for name, told in _told(record, [metric.name for metric in self.search.objectives]).items():
             trial.set_user_attr(name, told)
+        measured = {m.name for m in record.measurements}
+        for bound in self.search.bounds:
+            if bound.metric in measured:
+                trial.set_constraint(bound.metric, bound.violation(record))
         if not record.measured:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
-            for bound in self.search.bounds:
-                trial.set_constraint(bound.metric, bound.violation(record))
             self.study.tell(trial, [record.value(metric.name).value for metric in self.search.objectives])
         self._show("")
         self._log_progress()
@@ -307,16 +313,13 @@ class _Loop:
         return self.spent_before + time.perf_counter() - self.began
 
     def _show(self, phase: str) -> None:
-        records = tuple(self.records)
-        done = len(_counted(self.study)) if not phase else len(records)
+        done = len(_counted(self.study)) if not phase else len(self.records)
         self.watch(
-            Progress(
-                done, records, self.search.front(records), phase, self._elapsed(), self.duplicates, self.search.budget
-            )
+            Progress(done, self.records, self.front, phase, self._elapsed(), self.duplicates, self.search.budget)
         )
 
     def _log_progress(self) -> None:
-        on_front = self.search.front(self.records)
+        on_front = self.front
         best = {
             f"best.{m.name}": (min if m.direction == "minimize" else max)(r.value(m.name).value for r in on_front)
             for m in self.search.objectives
@@ -328,7 +331,7 @@ class _Loop:
 
     def _save_front(self) -> None:
         """The best so far, on disk and in the tracker: whatever happens next, this is there."""
-        text = json.dumps([_row(r, self.search.objectives) for r in self.search.front(self.records)], indent=1)
+        text = json.dumps([_row(r, self.search.objectives) for r in self.front], indent=1)
         path = self.search.folder / self.search.name / FRONT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
@@ -348,7 +351,7 @@ def _told(record: TrialRecord, objectives: Sequence[str]) -> dict[str, object]:
     known = {m.name: m.value for m in record.measurements}
     told: dict[str, object] = {}
     if LOSS.name in known:
-        told[TOLD_LOSS] = known[LOSS.name]
+        told[MEASURED_LOSS] = known[LOSS.name]
     if record.infeasible is not None:
         told["infeasible"] = record.infeasible
     if record.stopped is not None:

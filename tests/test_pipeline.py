@@ -1,12 +1,11 @@
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compressors.errors import Infeasible
 from compressors.pipeline import (
     ORIGINAL,
     Achieved,
@@ -183,12 +182,10 @@ def run(
     seed: int = 0,
     calls: list[str] | None = None,
     store: Shelf | None = None,
-    after_round: Callable[[nn.Module, Step], None] = lambda _model, _step: None,
 ) -> Artifact:
     model, calls = build("plain"), [] if calls is None else calls
     methods: dict[str, Compressor] = {m.method: m(calls) for m in METHODS}
-    context = replace(make_context(model), after_round=after_round)
-    return compress(model, plan_of(*steps, seed=seed), methods, context, store)
+    return compress(model, plan_of(*steps, seed=seed), methods, make_context(model), store)
 
 
 def prefix(*steps: Step, seed: int = 0) -> str:
@@ -335,34 +332,6 @@ def test_every_recovery_method_is_stored_by_itself() -> None:
     assert artifact.achieved == {"teach": {"": {"add": 0.25}}, "climb": {"": {"add": 4}}}
     assert run(TEACH, calls=calls, store=disk).achieved == {"teach": {"": {"add": 0.25}}}
     assert calls == ["climb 2-4"]
-
-
-def test_somebody_may_look_after_every_new_round_but_the_last() -> None:
-    disk, seen = Disk(), list[Step]()
-    run(climb(2), store=disk)
-    run(climb(8), store=disk, after_round=lambda _model, step: seen.append(step))
-    assert seen == [climb(4)]
-
-
-def test_a_look_sees_the_model_of_that_round() -> None:
-    seen: list[Tensor] = []
-    run(climb(8), after_round=lambda model, _step: seen.append(model(images()).detach()))
-    assert [bool(torch.equal(a, run(climb(n)).model(images()))) for a, n in zip(seen, (2, 4), strict=True)] == [
-        True
-    ] * 2
-
-
-def test_a_training_that_is_ended_leaves_its_rounds() -> None:
-    disk, calls = Disk(), list[str]()
-
-    def enough(_model: nn.Module, step: Step) -> None:
-        if step == climb(4):
-            raise Infeasible("enough")
-
-    with pytest.raises(Infeasible, match="enough"):
-        run(climb(8), calls=calls, store=disk, after_round=enough)
-    run(climb(8), calls=calls, store=disk)
-    assert calls == ["climb 0-2", "climb 2-4", "climb 4-8"]
 
 
 def test_numbers_that_are_stored_are_not_asked_for_again() -> None:

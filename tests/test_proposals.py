@@ -8,11 +8,13 @@ import numpy as np
 
 from compressors.fisher import Effect
 from compressors.plan import LayerSpec, Scalar
-from search.proposals import Fact, Proposer
+from search.facts import Aim, Fact, Reader
+from search.proposals import Proposer
 from search.solver import Guide, Variant
 
 TRAINED_S, PLAIN_S = 5.0, 1.0
 SHARES, BITS, EPOCHS = (0.0, 0.25, 0.5, 0.75), (32, 8), (2, 4, 8)
+AIM = Aim(("quality", "latency"), 0.05)
 LAYERS = tuple(LayerSpec(f"l{i}", "conv", (64, 64, 3, 3), 36864, 1000 * (i + 1)) for i in range(4))
 
 
@@ -47,7 +49,7 @@ def truth(answers: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
 
 def studied(trials: int, remaining_s: float = math.inf) -> list[Fact]:
     """A study from nothing, with what each trial takes."""
-    proposer, facts = Proposer(make_guide(), ("quality", "latency"), 0.05), list[Fact]()
+    proposer, facts = Proposer(make_guide(), AIM), list[Fact]()
     for number in range(trials):
         found = proposer.propose(facts, {}, np.random.default_rng(number), remaining_s=remaining_s)
         assert found is not None
@@ -85,7 +87,7 @@ def test_training_starts_short_and_goes_on_where_it_pays() -> None:
 
 def test_nothing_that_takes_longer_than_is_left() -> None:
     facts = studied(12)
-    proposer = Proposer(make_guide(), ("quality", "latency"), 0.05)
+    proposer = Proposer(make_guide(), AIM)
     known = {prefix(fact.answers) for fact in facts}
     for seed in range(8):
         found = proposer.propose(facts, {}, np.random.default_rng(seed), remaining_s=1.5)
@@ -95,7 +97,7 @@ def test_nothing_that_takes_longer_than_is_left() -> None:
 
 def test_the_surrogate_is_right_after_a_dozen_trials() -> None:
     facts = studied(30)
-    proposer = Proposer(make_guide(), ("quality", "latency"), 0.05)
+    proposer = Proposer(make_guide(), AIM)
     errors = []
     for seed in range(12):
         found = proposer.propose(facts, {}, np.random.default_rng(seed))
@@ -106,8 +108,30 @@ def test_the_surrogate_is_right_after_a_dozen_trials() -> None:
 
 
 def test_a_fixed_answer_of_any_kind_is_kept() -> None:
-    proposer, facts = Proposer(make_guide(), ("quality", "latency"), 0.05), studied(6)
+    proposer, facts = Proposer(make_guide(), AIM), studied(6)
     for fixed in ({"runtime": "b"}, {"bits@l0": 8}, {"prune.share@l3": 0.5}):
         found = proposer.propose(facts, fixed, np.random.default_rng(0))
         assert found is not None
         assert fixed.items() <= found.answers.items()
+
+
+def test_a_number_between_choices_is_read_as_the_one_next_to_it() -> None:
+    reader = Reader(make_guide())
+    known = reader.parse(
+        {"prune.share@l0": 0.3, "prune.share@l1": 0.74, "bits@l0": 8, "train.epochs": 5, "runtime": "b"}
+    )
+    assert known.pick[:2] == (SHARES.index(0.25), SHARES.index(0.75))
+    assert known.pick[4] == BITS.index(8)
+    assert (known.growth, known.target) == (2, 1)
+    assert reader.parse({"train.epochs": 0}).growth == 0
+
+
+def test_an_objective_below_nothing_is_not_held_back() -> None:
+    """One that is to be maximized has negative values here; the best may yet be surpassed."""
+    facts: list[Fact] = []
+    for number, fact in enumerate(studied(20)):
+        quality, latency = fact.values
+        facts.append(Fact(number, fact.answers, (quality, latency - 2.0), loss=fact.loss, seconds=fact.seconds))
+    found = [Proposer(make_guide(), AIM).propose(facts, {}, np.random.default_rng(seed)) for seed in range(6)]
+    best = min(fact.values[1] for fact in facts)
+    assert all(p is not None and p.expected is not None and p.expected[1] < best / 2 for p in found)
