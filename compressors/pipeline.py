@@ -33,7 +33,8 @@ class Context:
     """What a compressor may look at besides the model: never the validation or test split.
 
     `loss` takes `(output, target)` and gives a scalar; it is None where the data has no labels. `train` yields freshly
-    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches.
+    shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `answers` gives the
+    teacher's output, perhaps from memory; without it the teacher is asked.
     """
 
     teacher: nn.Module
@@ -42,6 +43,7 @@ class Context:
     calibration: Callable[[], Iterable[Batch]]
     loss: Callable[[Tensor, Tensor], Tensor] | None
     progress: Callable[[str], None] = lambda _text: None
+    answers: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)

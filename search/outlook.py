@@ -69,6 +69,12 @@ class Outlook:
             found.setdefault(j, []).append(fitted.mean if self.rng is None else fitted.drawn(self.rng))
         return {j: np.array(weights) for j, weights in found.items()}
 
+    @cached_property
+    def _learned(self) -> float:
+        """What each step of growth adds to the quality, beyond the loss."""
+        learned = self.standing.learned
+        return float(learned.mean[0] if self.rng is None else learned.drawn(self.rng)[0])
+
     def losses(self, rows: Rows) -> Floats:
         """`(rows, knobs, choices)`: the corrected loss of every choice."""
         reader, most = self.standing.reader, self.tables.loss.shape[2]
@@ -100,7 +106,7 @@ class Outlook:
         loss = loss * np.exp(smooth(standing.picks[standing.used], standing.errors, rows.pick, self.rng))
         features = self.tables.describe(rows.pick, rows.variant)
         found = np.zeros((len(rows.pick), len(standing.aim.roles)))
-        found[:, standing.aim.quality] = standing.zero + self.relation.drop(loss)
+        found[:, standing.aim.quality] = standing.zero + self.relation.drop(loss) - self._learned * rows.growth
         for j, own in self._surrogates.items():
             found[:, j] = self._believable(j, (features * own[rows.target]).sum(1))
         return found, self._broken(np.concatenate([features, loss[:, None]], 1))

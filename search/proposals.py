@@ -56,6 +56,7 @@ class Proposer:
         likely, possible = Outlook(standing, None), Outlook(standing, rng)
         rows = self._rows(standing, fixed, rng)
         rows.pick = self._solved(rows, possible, rng)
+        rows.growth = np.where(self._untrained(rows), 0, rows.growth)
         # One draw makes plans that are worth a look; the best of many by that same draw would be the luckiest one.
         outlook = possible if rng.random() < BY_DRAW else likely
         gain, expected = self._gain(outlook, rows, remaining_s)
@@ -203,6 +204,6 @@ class Proposer:
         tables, guide = self.tables, self.guide
         answers = {name: tables.choices[k][rows.pick[i, k]] for k, name in enumerate(tables.names)}
         answers |= {**guide.variants[rows.variant[i]].answers, **guide.targets[rows.target[i]], **rows.carried[i]}
-        if guide.growth and rows.growth[i]:
-            answers[guide.growth[0]] = self.reader.levels[rows.growth[i] - 1]
+        if guide.growth:
+            answers[guide.growth[0]] = self.reader.levels[max(rows.growth[i], 1) - 1]
         return dict(guide.asked(answers))

@@ -168,8 +168,26 @@ class Standing:
         if not any(f.loss is not None for f in self.facts) or not both.any():
             return Relation(1.0, 1.0)
         drop = self.values[both, self.aim.quality] - self.zero
-        noise = 0.1 * (self.tolerated or float(np.ptp(drop)) or 1.0)
-        return relate(self.measured[both], drop, noise, rng)
+        return relate(self.measured[both], drop, self._noise, rng)
+
+    @property
+    def _noise(self) -> float:
+        """How much of a difference in quality is chance."""
+        known = self.values[self.done, self.aim.quality]
+        return 0.1 * (self.tolerated or (float(np.ptp(known)) if len(known) else 0.0) or 1.0)
+
+    @cached_property
+    def learned(self) -> Linear:
+        """What each step of growth adds to the quality beyond what the loss tells.
+
+        A loss that compares with the teacher does not see what a student learns from labels that the teacher got wrong.
+        """
+        trained = np.flatnonzero(self.done & np.isfinite(self.measured) & (self.growths > 0))
+        relation = self.relate(None)
+        foretold = self.zero + relation.drop(self.measured[trained])
+        better = foretold - self.values[trained, self.aim.quality]
+        steps, spread = self.growths[trained, None].astype(np.float64), np.array([self._noise / 2])
+        return regress(steps, better, np.full(len(trained), self._noise), 0 * spread, spread)
 
     @cached_property
     def tolerated(self) -> float:

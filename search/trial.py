@@ -14,6 +14,7 @@ import torch
 from compressors.errors import Infeasible
 from compressors.pipeline import Artifact, Batch, Compressor, Context, compress, prefix_of
 from compressors.plan import CompressionPlan, Scalar, Settings, Target
+from compressors.teacher import Remembered
 from evaluators.divergence import Divergence
 from evaluators.evaluation import Evaluator, Examples, Gradual
 from evaluators.measurement import Measurement
@@ -276,6 +277,10 @@ class Workbench:
         )
 
     @cached_property
+    def _teacher(self) -> Remembered:
+        return Remembered(self.workload.model)
+
+    @cached_property
     def _calibration(self) -> Examples:
         return self.examples("calibration")
 
@@ -300,4 +305,5 @@ class Workbench:
             calibration=lambda: splits.calibration.batches(self.batch),
             loss=self.workload.task.loss,
             progress=lambda text: clock.watch(f"{clock.phase}: {text}"),
+            answers=self._teacher,
         )
