@@ -35,6 +35,11 @@ class Fisher:
         gate = sum((self.gates[name][:, list(channels)] for name, channels in parts), torch.zeros(1))
         return 0.5 * float(gate.square().mean(0).sum())
 
+    def removal_of_all(self, names: Sequence[str]) -> float:
+        """Predicted rise of the loss when all output channels of these parameters go to zero at once, as one factor."""
+        gate = sum((self.gates[name].sum(1) for name in names), torch.zeros(1))
+        return 0.5 * float(gate.square().mean())
+
 
 @dataclass(frozen=True)
 class Effect:

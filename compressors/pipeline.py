@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
@@ -107,6 +107,14 @@ class Growing(Compressor, Protocol):
 
         What comes of it depends on the model's state and the arguments alone.
         """
+
+
+@runtime_checkable
+class Removing(Compressor, Protocol):
+    """A method of the STRUCTURE stage that takes whole modules out; it runs after the others of its stage."""
+
+    def removed(self, step: Step) -> Collection[str]:
+        """The names of the modules that are out, with all that was in them: no plan asks anything else of these."""
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,8 @@ class Outlook:
         total = np.zeros((len(target), self.tables.features))
         for column, (j, own) in enumerate(self._surrogates.items()):
             total += weights[:, column, None] * np.maximum(own[target], 0) / (high[j] - low[j])
-        layers = np.zeros((len(target), widths))
-        layers[:, :-1] = total[:, 2 + widths : 1 + 2 * widths]
-        return Rates(total[:, 2 : 2 + widths], layers, total[:, 1 + 2 * widths], total[:, 1])
+        macs, layers = total[:, 2 : 2 + widths], total[:, 2 + widths : 2 + 2 * widths]
+        return Rates(macs, layers, total[:, 2 + 2 * widths], total[:, 1])
 
     def tolerable_loss(self) -> float:
         """The loss at which quality leaves the box."""

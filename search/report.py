@@ -83,7 +83,7 @@ def front_table(
 
 
 def describe(record: TrialRecord) -> str:
-    """What was done, in a few words; speaks of any method that reports `bits`, `sparsity` or `epochs`."""
+    """What was done, in a few words; speaks of any method that reports `bits`, `sparsity`, `skip` or `epochs`."""
     steps = [_step(s.method, s.shared, record.achieved.get(s.method, s.per_layer)) for s in record.plan.steps]
     target = f"{record.plan.target.runtime} {record.plan.target.precision}"
     return ", ".join([*(steps or ["uncompressed"]), target])
@@ -97,6 +97,9 @@ def _step(method: str, shared: Settings, achieved: Mapping[str, Settings]) -> st
     if shares:
         low, high = round(min(shares)), round(max(shares))
         return f"{method} {low} %" if low == high else f"{method} {low}-{high} %"
+    skipped = sum(bool(s["skip"]) for s in achieved.values() if "skip" in s)
+    if skipped:
+        return f"skip {skipped} block{'s' * (skipped > 1)}"
     return f"{method} {shared['epochs']} epochs" if "epochs" in shared else method
 
 

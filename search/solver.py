@@ -16,8 +16,8 @@ Answers = Mapping[str, Scalar]
 FULL_BITS = 32
 # Channels that vector and tile kernels take at once.
 LANES = (8, 16)
-# A share of nothing has no logarithm; no layer loses all of its channels.
-LEAST_SHARE = 1e-6
+# A share of nothing has no logarithm. Where no more than GONE is left of a layer, it was left out.
+LEAST_SHARE, GONE = 1e-6, 1e-5
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Tables:
     @property
     def features(self) -> int:
         """How many columns `describe` gives."""
-        return 2 * len(self.widths) + 2 + len(LANES)
+        return 2 * len(self.widths) + 3 + len(LANES)
 
     def _losses(self, variants: Sequence[Variant]) -> Floats:
         """`(variants, knobs, choices)`; infinite where a knob has fewer choices than others, or one is impossible."""
@@ -151,15 +151,17 @@ class Tables:
         """`(rows, features)`: 1; bytes of the weights; MACs and layers per precision, switches, odd widths; as shares.
 
         The regressors of a latency surrogate: summing what layers save each by itself misses what a mixture costs.
-        Widths are odd that are no multiple of what kernels take at once.
+        Widths are odd that are no multiple of what kernels take at once. Layers that are left out count nowhere.
         """
         shares, classes = np.exp(self.log_shares(pick, variant)), self.classes(pick)
+        left = shares > GONE
         columns = [np.ones(len(pick)), (shares * self.params * self._byte_share[classes]).sum(1)]
         columns += [(shares * self.macs * (classes == c)).sum(1) for c in range(len(self.widths))]
-        columns += [(classes == c).mean(1) for c in range(len(self.widths) - 1)]
-        columns.append((classes[:, 1:] != classes[:, :-1]).mean(1) if classes.shape[1] > 1 else np.zeros(len(pick)))
+        columns += [((classes == c) & left).mean(1) for c in range(len(self.widths))]
+        switched = (classes[:, 1:] != classes[:, :-1]) & left[:, 1:] & left[:, :-1]
+        columns.append(switched.mean(1) if classes.shape[1] > 1 else np.zeros(len(pick)))
         channels = np.rint(self.channels * np.exp(self._log_outputs(pick, variant)))
-        columns += [(channels % lanes != 0).mean(1) for lanes in LANES]
+        columns += [((channels % lanes != 0) & left).mean(1) for lanes in LANES]
         return np.stack(columns, 1)
 
     def _log_outputs(self, pick: Ints, variant: Ints) -> Floats:
@@ -190,7 +192,9 @@ class Tables:
                 others = shares[:, knob.layers] - table[rows, pick[:, k]]
                 kept = others[:, None, :] + table
                 total = losses[:, k] + self._cost(knob, np.exp(kept), rate, rates, classes)
-                best = np.where(free[:, k], total.argmin(1), pick[:, k])
+                # Of layers that another knob leaves out nothing is asked.
+                wanted = np.where((np.exp(others) > GONE).any(1), total.argmin(1), self.off[k])
+                best = np.where(free[:, k], wanted, pick[:, k])
                 pick[:, k] = best
                 shares[:, knob.layers] = kept[rows, best]
                 if knob.classes is not None:
@@ -199,12 +203,14 @@ class Tables:
 
     def _cost(self, knob: _Knob, kept: Floats, rate: Floats, rates: Rates, classes: Ints) -> Floats:
         """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are."""
+        left, per_layer = kept > GONE, rates.layers / len(self.macs)
         if knob.classes is None:
             own = np.take_along_axis(rate[:, knob.layers], classes[:, knob.layers, None], 2)[..., 0]
-            cost: Floats = (kept * own[:, None, :]).sum(2)
+            fixed = np.take_along_axis(per_layer, classes[:, knob.layers], 1)
+            cost: Floats = (kept * own[:, None, :] + left * fixed[:, None, :]).sum(2)
             return cost
         own = rate[:, knob.layers][:, np.arange(len(knob.layers)), knob.classes]
-        cost = (kept * own).sum(2) + rates.layers[:, knob.classes].sum(2) / len(self.macs)
+        cost = (kept * own + left * per_layer[:, knob.classes]).sum(2)
         apart = classes[:, None, knob.outer] != knob.classes[None, :, knob.inner]
         switches: Floats = rates.switches[:, None] * apart.sum(2) / max(1, len(self.macs) - 1)
         return cost + switches

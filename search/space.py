@@ -2,14 +2,14 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from optuna.trial import BaseTrial
 
 from compressors.errors import ConfigError
-from compressors.pipeline import Compressor, Stage
+from compressors.pipeline import Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
 from evaluators.runtime import Runtime, Support
 
@@ -72,15 +72,16 @@ class Method:
     others: tuple[Knob, ...]
     off: tuple[str, Scalar]
     needs_structure: bool = False
+    removes: bool = False
 
-    def step(self, pick: Callable[[Knob], Scalar]) -> Step | None:
-        """Ask the deciding knobs, then the others only if anything is on."""
-        answers = [(knob, pick(knob)) for knob in self.deciding]
+    def step(self, pick: Callable[[Knob], Scalar], gone: Collection[str] = ()) -> Step | None:
+        """Ask the deciding knobs, then the others only if anything is on; nothing of the modules that are `gone`."""
+        answers = [(knob, pick(knob)) for knob in _left(self.deciding, gone)]
         answers = [(knob, value) for knob, value in answers if value != self.off[1]]
         if not answers:
             return None
         given = [value for _, value in answers]
-        asked = [knob for knob in self.others if knob.when is None or knob.when in given]
+        asked = [knob for knob in _left(self.others, gone) if knob.when is None or knob.when in given]
         return self._assemble([*answers, *((knob, pick(knob)) for knob in asked)])
 
     def _assemble(self, answers: Iterable[tuple[Knob, Scalar]]) -> Step:
@@ -94,9 +95,19 @@ class Method:
         return Step(self.name, per_layer, shared)
 
 
+def _left(knobs: Iterable[Knob], gone: Collection[str]) -> Iterator[Knob]:
+    """Knobs without the owners that lie in modules which are gone, and without those that had no other owners."""
+    for knob in knobs:
+        owners = tuple(o for o in knob.owners if not any(o == out or o.startswith(f"{out}.") for out in gone))
+        if owners == knob.owners:
+            yield knob
+        elif owners:
+            yield replace(knob, owners=owners)
+
+
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every plan the search may propose: methods in stage order, runtimes with their rest precisions."""
+    """Every plan the search may propose: methods in the order in which they run, runtimes with rest precisions."""
 
     methods: tuple[Method, ...]
     targets: Mapping[str, tuple[str, ...]]
@@ -108,16 +119,19 @@ class SearchSpace:
 
     def plan(self, pick: Callable[[Knob], Scalar]) -> CompressionPlan:
         """The plan that follows from any way of answering knobs."""
-        steps: list[Step] = []
+        steps: dict[str, Step] = {}
+        gone: set[str] = set()
         structural = False
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda method: not method.removes):
             if method.needs_structure and not structural:
                 continue
-            step = method.step(pick)
+            step = method.step(pick, gone)
             if step is not None:
-                steps.append(step)
+                steps[method.name] = step
                 structural |= method.stage is Stage.STRUCTURE
-        return CompressionPlan(self._target(pick), tuple(steps), self.seed)
+                gone |= set(step.per_layer) if method.removes else set()
+        in_order = (steps[method.name] for method in self.methods if method.name in steps)
+        return CompressionPlan(self._target(pick), tuple(in_order), self.seed)
 
     def _target(self, pick: Callable[[Knob], Scalar]) -> Target:
         runtime = str(_only_or_pick(RUNTIME_KNOB, tuple(self.targets), pick))
@@ -157,7 +171,7 @@ class SearchSpace:
             if knob.method == "deploy":
                 return target.runtime if knob.name == RUNTIME_KNOB else target.precision
             method = methods[knob.method]
-            if knob not in method.deciding:
+            if knob.key != method.off[0]:
                 return knob.middle()
             if method.needs_structure:
                 return knob.first(but=method.off[1]) if sparing else knob.last()
@@ -197,16 +211,25 @@ def build_space(
 ) -> SearchSpace:
     """Turn the `space:` blocks into knobs and check them against the model's layers and the runtimes' kernels.
 
-    `groups` is method -> what its `groups()` said. Raises `ConfigError` for anything that could only fail later.
+    `groups` is method -> what its `groups()` said; one that has no group in this model, and nothing else to decide, is
+    left out. Raises `ConfigError` for anything that could only fail later.
     """
     kinds = {layer.name: layer.kind for layer in layers}
     methods = []
     for name, compressor in compressors.items():
-        methods.append(_method(name, compressor, dict(spaces[name]), groups[name], kinds))
-    methods.sort(key=lambda method: method.stage)
+        if groups[name] or not _needs_groups(spaces[name]):
+            methods.append(_method(name, compressor, dict(spaces[name]), groups[name], kinds))
+    if not methods:
+        raise ConfigError("compressor", f"{', '.join(compressors)} find nothing to do here", "choose other compressors")
+    methods.sort(key=lambda method: (method.stage, method.removes))
     for method in methods:
         _check_kernels(method, kinds, runtimes)
     return SearchSpace(tuple(methods), {name: runtime.precisions() for name, runtime in runtimes.items()}, seed)
+
+
+def _needs_groups(space: Mapping[str, Any]) -> bool:
+    entries = [entry for key, entry in space.items() if key != "when"]
+    return any(isinstance(entry, Mapping) and "granularity" in entry for entry in entries)
 
 
 def _method(
@@ -231,7 +254,8 @@ def _method(
             f"give it choices, or leave {name} out of compressor=[...]",
         )
     others = tuple(k for k in knobs if k.key != compressor.off[0])
-    return Method(name, compressor.stage, deciding, others, compressor.off, when == "structure")
+    removes = isinstance(compressor, Removing)
+    return Method(name, compressor.stage, deciding, others, compressor.off, when == "structure", removes)
 
 
 def _knobs(

@@ -110,7 +110,7 @@ def test_the_defaults_are_the_search_that_is_documented() -> None:
     config = compose([])
     assert (config.model.name, config.data.name) == ("resnet20", "digits")
     assert [list(config[group]) for group in LISTS] == [
-        ["prune", "distill", "quantize"],
+        ["depth", "prune", "distill", "quantize"],
         ["onnxruntime", "openvino"],
         ["accuracy", "latency", "size"],
     ]

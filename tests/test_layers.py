@@ -12,7 +12,7 @@ def layers(net: str, count: int = 2) -> dict[str, LayerSpec]:
 
 
 def test_layers_come_in_the_order_of_their_first_call() -> None:
-    assert list(layers("residual")) == ["stem.0", "a.0", "b.0", "down.0", "shortcut", "head"]
+    assert list(layers("residual")) == ["stem.0", "block.a.0", "block.b.0", "down.0", "shortcut", "head"]
     assert list(layers("attention")) == ["embed", "query", "key", "value", "out", "up", "down", "head"]
 
 

@@ -15,7 +15,7 @@ from tests.zoo import CLASSES, NETS, build, images
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "plain": {"a.0": ("a.0",), "b.0": ("b.0",)},
-    "residual": {"stem.0": ("stem.0", "b.0"), "a.0": ("a.0",), "down.0": ("down.0", "shortcut")},
+    "residual": {"stem.0": ("stem.0", "block.b.0"), "block.a.0": ("block.a.0",), "down.0": ("down.0", "shortcut")},
     "concat": {"a.0": ("a.0",), "b.0": ("b.0",), "c.0": ("c.0",)},
     "depthwise": {"stem.0": ("stem.0", "depth.0"), "point.0": ("point.0",)},
     "tied": {},
@@ -86,11 +86,11 @@ def test_no_sparsity_leaves_the_model_bit_equal(net: str) -> None:
 def test_layers_that_are_added_keep_one_width() -> None:
     model = build("residual")
     prune(model, {"stem.0": 0.5})
-    for name in ("stem.0", "b.0"):
+    for name in ("stem.0", "block.b.0"):
         assert len(model.get_parameter(f"{name}.weight")) == 8
-    for name in ("a.0", "down.0", "shortcut"):
+    for name in ("block.a.0", "down.0", "shortcut"):
         assert model.get_parameter(f"{name}.weight").shape[1] == 8
-    assert len(model.get_parameter("a.0.weight")) == 16
+    assert len(model.get_parameter("block.a.0.weight")) == 16
 
 
 def test_a_depthwise_layer_follows_its_producer() -> None:

@@ -1,6 +1,7 @@
 """The solver against exhaustive search, and the tables against what compressors really do."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,9 +36,9 @@ def cost(tables: Tables, pick: np.ndarray, given: Rates) -> np.ndarray:
     features, widths = tables.describe(pick, variant), len(tables.widths)
     loss = np.take_along_axis(tables.loss[variant], pick[..., None], 2)[..., 0].sum(1)
     macs = (features[:, 2 : 2 + widths] * given.macs).sum(1)
-    layers = (features[:, 2 + widths : 1 + 2 * widths] * given.layers[:, :-1]).sum(1)
+    layers = (features[:, 2 + widths : 2 + 2 * widths] * given.layers).sum(1)
     return np.asarray(
-        loss + macs + layers + features[:, 1] * given.bytes + features[:, 1 + 2 * widths] * given.switches
+        loss + macs + layers + features[:, 1] * given.bytes + features[:, 2 + 2 * widths] * given.switches
     )
 
 
@@ -86,10 +87,28 @@ def test_features_are_shares_of_the_whole_model() -> None:
     whole, cut = tables.describe(np.array([[0] * 6, [1, 0, 0, 0, 1, 0]], dtype=np.intp), variant)
     macs = np.array([layer.macs for layer in guide.layers]) / sum(layer.macs for layer in guide.layers)
     assert tables.widths == (8, 32)
-    assert whole == pytest.approx([1, 1, 0, 1, 0, 0, 0, 0])
+    assert whole == pytest.approx([1, 1, 0, 1, 0, 1, 0, 0, 0])
     # The first layer halves, the second one reads half as much and has 8 bits.
     assert cut[1] == pytest.approx((0.5 + 0.5 / 4 + 1) / 3)
     assert cut[2:4] == pytest.approx([macs[1] / 2, macs[0] / 2 + macs[2]])
-    assert cut[4] == pytest.approx(1 / 3)
-    assert cut[5] == pytest.approx(1.0), "8 bits between two float layers are two switches of two"
-    assert cut[6:] == pytest.approx([0, 1 / 3]), "8 channels are a multiple of 8, not of 16"
+    assert cut[4:6] == pytest.approx([1 / 3, 2 / 3])
+    assert cut[6] == pytest.approx(1.0), "8 bits between two float layers are two switches of two"
+    assert cut[7:] == pytest.approx([0, 1 / 3]), "8 channels are a multiple of 8, not of 16"
+
+
+def test_a_layer_that_is_left_out_costs_nothing_and_is_asked_nothing() -> None:
+    guide = chain(3, 1)
+    out: dict[Scalar, Effect] = {False: Effect(0.0), True: Effect(0.01, {"l1": 0.0})}
+    tables = Tables(
+        replace(guide, variants=tuple(replace(v, effects={"out": out, **v.effects}) for v in guide.variants))
+    )
+    variant = np.zeros(1, dtype=np.intp)
+    given, start = rates(2, 1, 50.0), tables.off[None]
+    found = tables.solve(start, variant, np.ones_like(start, dtype=bool), tables.loss[variant], given)[0]
+    picked = {name: tables.choices[k][found[k]] for k, name in enumerate(tables.names)}
+    assert picked["out"] is True
+    assert picked["bits@l1"] == 32
+    features = tables.describe(found[None], variant)[0]
+    assert features[4:6].sum() == pytest.approx(2 / 3), "layers that are left"
+    macs = [layer.macs for layer in guide.layers]
+    assert features[2:4].sum() < 1 - macs[1] / sum(macs) + 1e-4

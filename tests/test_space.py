@@ -210,3 +210,60 @@ def test_bad_spaces_are_refused_in_one_line(method: str, entry: dict[str, Any], 
     assert words in str(caught.value)
     assert f"compressor.{method}.space" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Remover(Fake):
+    """Takes modules out."""
+
+    def removed(self, step: Step) -> list[str]:
+        return list(step.per_layer)
+
+
+def with_remover(blocks: tuple[str, ...]) -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "depth": Remover("depth", Stage.STRUCTURE, ("skip", False)),
+        "prune": Fake("prune", Stage.STRUCTURE, ("sparsity", 0.0)),
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+    }
+    bits = {**SPACES["quantize"]["bits"], "granularity": "block"}
+    entries = {
+        "depth": {"skip": {"choices": [False, True], "granularity": "layer"}},
+        "prune": SPACES["prune"],
+        "quantize": {"bits": bits, "group_size": SPACES["quantize"]["group_size"]},
+    }
+    groups: dict[str, Any] = {**GROUPS, "depth": {name: (name,) for name in blocks}}
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(entries, compressors, groups, LAYERS, runtimes)
+
+
+def test_of_a_module_that_is_out_nothing_is_asked_and_it_goes_last_of_its_stage() -> None:
+    found = with_remover(("body.0",))
+    assert [m.name for m in found.methods] == ["prune", "depth", "quantize"]
+    answers: dict[str, Scalar] = {"depth.skip@body.0": True, "prune.sparsity@stem": 0.5, "prune.align": 4}
+    answers |= {f"quantize.bits@{name}": 8 for name in ("stem", "body.0", "body.1", "head")}
+    trial = FixedTrial(answers)
+    plan = found.sample(trial)
+    assert not [name for name in trial.params if name.endswith(("@body.0", "@body.0.a")) and "skip" not in name]
+    assert [step.method for step in plan.steps] == ["prune", "depth", "quantize"]
+    assert list(plan.steps[2].per_layer) == ["stem", "body.1.a", "head"]
+    kept = found.sample(FixedTrial({**answers, "depth.skip@body.0": False, "prune.sparsity@body.0.a": 0.5}))
+    assert [step.method for step in kept.steps] == ["prune", "quantize"]
+    assert "body.0.a" in kept.steps[1].per_layer
+
+
+def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
+    assert [m.name for m in with_remover(()).methods] == ["prune", "quantize"]
+    nothing: dict[str, Any] = {"depth": Remover("depth", Stage.STRUCTURE, ("skip", False))}
+    entries = {"depth": {"skip": {"choices": [False, True], "granularity": "layer"}}}
+    with pytest.raises(ConfigError, match="depth find nothing to do"):
+        build_space(entries, nothing, {"depth": {}}, LAYERS, {})
+
+
+def test_sparing_uniform_plans_have_one_middle_value_a_method_and_the_least_recovery() -> None:
+    plans = [space().sample(FixedTrial(answers)) for answers in space().uniform(sparing=True)]
+    assert len(plans) == 4, "two methods on two runtimes"
+    assert [{s["bits"] for s in plan.steps[-1].per_layer.values()} for plan in plans[:2]] == [{8}, {8}]
+    for plan in plans[2:]:
+        assert [step.method for step in plan.steps] == ["prune", "distill"]
+        assert {s["sparsity"] for s in plan.steps[0].per_layer.values()} == {0.5}
+        assert plan.steps[1].shared["epochs"] == 4

@@ -24,17 +24,28 @@ class Plain(nn.Module):
         return self.head(self.b(self.a(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Block(nn.Module):
+    """Adds to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = _conv(16, 16), _conv(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.b(self.a(x)))
+
+
 class Residual(nn.Module):
     """Two layers are added, so their widths are tied; one shortcut has a projection."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b = _conv(3, 16), _conv(16, 16), _conv(16, 16)
+        self.stem, self.block = _conv(3, 16), Block()
         self.down, self.shortcut, self.head = _conv(16, 32), nn.Conv2d(16, 32, 1), nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = F.relu(x + self.b(self.a(x)))
+        x = self.block(x)
         x = F.relu(self.down(x) + self.shortcut(x))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 

@@ -1,0 +1,109 @@
+"""Which modules count as residual blocks, what is left without them, and what that is predicted to cost."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+
+from compressors.depth import Depth
+from compressors.errors import Infeasible
+from compressors.fisher import diagonal_fisher
+from compressors.plan import Step
+from search.models import resnet18, resnet20
+from tests.context import make_context
+from tests.zoo import Block, build, images
+
+
+class Layers(nn.Module):
+    """Two residual blocks in a row, one of two branches; one that changes the shape; one called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 16, 3, padding=1), nn.Sequential(Block(), Block())
+        self.wide, self.again = nn.Conv2d(16, 16, 3, padding=1), Block()
+        self.forked, self.head = Forked(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(x)))
+        x = self.again(self.again(F.relu(self.wide(x))))
+        return self.head(self.forked(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Forked(nn.Module):
+    """Adds two branches to its input, of which none alone can be silent for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Conv2d(16, 16, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.left(torch.relu(self.first(x))) + self.right(x)  # type: ignore[no-any-return]
+
+
+def skip(model: nn.Module, *blocks: str) -> None:
+    Depth().apply(model, Step("depth", {name: {"skip": True} for name in blocks}), make_context(model), 0)
+
+
+def test_what_adds_to_its_input_is_a_block_and_a_row_of_blocks_is_not() -> None:
+    found = Depth().groups(Layers().eval(), (images(),))
+    assert found == {name: (name,) for name in ("blocks.0", "blocks.1", "forked")}
+
+
+def test_networks_as_they_come_have_their_blocks() -> None:
+    example = (torch.randn(2, 1, 32, 32),)
+    twenty = Depth().groups(resnet20(10, 1).eval(), example)
+    assert len(twenty) == 7
+    assert len(Depth().groups(resnet18(10, 1).eval(), example)) == 5
+    assert Depth().groups(build("attention"), (images(),)) == {}
+
+
+def test_without_a_block_its_input_goes_on() -> None:
+    model = Layers().eval()
+    left = copy.deepcopy(model)
+    skip(left, "blocks.1", "forked")
+    x = images()
+    hidden = model.blocks[0](F.relu(model.stem(x)))
+    hidden = model.again(model.again(F.relu(model.wide(hidden))))
+    torch.testing.assert_close(left(x), model.head(hidden.mean((2, 3))))
+    assert sum(p.numel() for p in left.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_no_block_cannot_be_left_out() -> None:
+    with pytest.raises(Infeasible, match=r"depth has no block blocks: possible are blocks\.0, blocks\.1, forked"):
+        skip(Layers().eval(), "blocks")
+
+
+def test_a_block_that_adds_little_is_predicted_to_cost_little() -> None:
+    """Measured and predicted rise of the divergence, for blocks whose branches are scaled down."""
+    torch.manual_seed(0)
+    model = Layers().eval()
+    with torch.no_grad():
+        for block, share in (("blocks.0", 0.02), ("blocks.1", 0.1)):
+            for name in ("weight", "bias"):
+                model.get_parameter(f"{block}.b.1.{name}").mul_(share)
+    inputs = images(64, seed=3)
+    fisher = diagonal_fisher(model, [((inputs,), None)], 64)
+    questions = [(name, {"skip": True}) for name in ("blocks.0", "blocks.1")]
+    small, large = (effect.loss for effect in Depth().effects(model, (images(),), questions, fisher))
+    measured = []
+    for name, _ in questions:
+        left = copy.deepcopy(model)
+        skip(left, name)
+        with torch.no_grad():
+            p, q = model(inputs).log_softmax(-1), left(inputs).log_softmax(-1)
+        measured.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert 0 < small < large
+    assert small == pytest.approx(measured[0], rel=1.0)
+    assert large == pytest.approx(measured[1], rel=1.0)
+
+
+def test_layers_of_a_block_that_is_out_are_gone() -> None:
+    model = Layers().eval()
+    fisher = diagonal_fisher(model, [((images(8),), None)], 8)
+    questions = [("forked", {"skip": value}) for value in (False, True)]
+    kept, gone = Depth().effects(model, (images(),), questions, fisher)
+    assert kept.loss == 0
+    assert not kept.outputs
+    assert gone.outputs == {"forked.first": 0.0, "forked.left": 0.0, "forked.right": 0.0}
