@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from compressors.fisher import Effect
 from compressors.plan import LayerSpec, Scalar
 from search.facts import Aim, Fact, Reader
+from search.outlook import Outlook, Rows
 from search.proposals import Proposer
 from search.solver import Guide, Variant
 
@@ -136,3 +138,27 @@ def test_an_objective_below_nothing_is_not_held_back() -> None:
     best = min(fact.values[1] for fact in facts)
     below = [p for p in found if p is not None and p.expected is not None and p.expected[1] < 0.6 * best]
     assert len(below) >= 3
+
+
+def test_growth_may_teach_what_the_uncompressed_model_did_not_know() -> None:
+    """Labels improve on the teacher with every round, which the loss, a comparison with the teacher, does not show."""
+    facts = studied(24)
+    taught = [
+        replace(f, values=(f.values[0] - 0.004 * Reader(make_guide()).parse(f.answers).growth, f.values[1]))
+        for f in facts
+    ]
+    as_told, better = (Proposer(make_guide(), AIM).standing(told).learned.mean[0] for told in (facts, taught))
+    assert better > as_told + 0.0005
+    outlook = Outlook(Proposer(make_guide(), AIM).standing(taught), None)
+    trained_at = next(p for p in outlook.standing.parsed if p.growth)
+    rows = Rows(
+        pick=np.tile(np.array(trained_at.pick), (2, 1)),
+        variant=np.zeros(2, dtype=np.intp),
+        target=np.zeros(2, dtype=np.intp),
+        growth=np.array([1, 3]),
+        seconds=np.ones(2),
+        free=np.zeros((2, 8), dtype=bool),
+        carried=[{}, {}],
+    )
+    less, more = outlook.expected(rows)[0][:, 0]
+    assert more < less - 2 * better
