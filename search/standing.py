@@ -18,6 +18,8 @@ MEMORY, PREFIXES = 256, 6
 TRIAL_S, GROWTH_S = 2.0, 2.0
 # What one more step of growth is worth before it was seen: a third of the loss.
 GROWTH_GAIN = 0.4
+# However far out of the box a loss is, this much it tells of its parts.
+LEAST_WEIGHT = 0.2
 LATENCY_NOISE, SIZE_NOISE = 0.04, 0.005
 
 
@@ -121,8 +123,9 @@ class Standing:
     def corrections(self) -> list[Correction]:
         """One per level."""
         used = self.used
-        # What is far out of the box says little of what is inside: losses of many parts do not simply add up there.
-        weight = np.minimum(1.0, self.tolerable_loss(self.relate(None)) / np.maximum(self.measured[used], LEAST_LOSS))
+        # What is far out of the box says less of what is inside: losses of many parts do not simply add up there.
+        share = self.tolerable_loss(self.relate(None)) / np.maximum(self.measured[used], LEAST_LOSS)
+        weight = np.clip(share, LEAST_WEIGHT, 1.0)
         found = correct(self.base[used], self.measured[used], weight, self._used_levels(used))
         return [self._grown(found[0]), *found[1:]]
 
