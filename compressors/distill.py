@@ -43,6 +43,9 @@ class Distill:
     that more epochs of one plan go on where fewer ended. Unlike in SGDR, the learning rate of a round rises linearly
     over its first `warmup` share of steps before it falls along half a cosine. With `precision` bf16, convolutions and
     matrix products are computed in bfloat16, which `auto` takes where the processor does so natively.
+
+    `parent` has the settings with which a model is trained whose blocks were left out, before its channels go as well:
+    cut in two steps it recovers in fewer epochs than cut at once, and all children of one parent share the first ones.
     """
 
     weight_decay: float
@@ -51,6 +54,7 @@ class Distill:
     epoch_examples: int
     first_round: int
     precision: str = "auto"
+    parent: Settings | None = None
 
     method: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = Stage.RECOVER
@@ -63,6 +67,11 @@ class Distill:
         if self.precision not in PRECISIONS:
             problem = f"is {self.precision!r}"
             raise ConfigError("compressor.distill.precision", problem, f"use one of {', '.join(PRECISIONS)}")
+        if self.parent is not None:
+            try:
+                _checked(self.parent)
+            except Infeasible as infeasible:
+                raise ConfigError("compressor.distill.parent", infeasible.reason, "correct it, or null") from None
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """None: the whole model is trained."""
@@ -84,6 +93,10 @@ class Distill:
         epochs = _epochs(step.shared)
         ends = takewhile(lambda end: end < epochs, (self.first_round << doublings for doublings in count()))
         return (*(replace(step, shared={**step.shared, "epochs": end}) for end in ends), step)
+
+    def between(self) -> Step | None:
+        """The parent's training."""
+        return None if self.parent is None else Step(self.method, {}, dict(self.parent))
 
     def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
         """One round; its order of the data comes from `seed` and from the epoch in which it begins."""
@@ -166,9 +179,7 @@ class _Goal:
 
     @classmethod
     def read(cls, shared: Settings, context: Context, half: bool) -> "_Goal":
-        temperature = _number(shared, "temperature", "more than 0", lambda value: value > 0)
-        weight = _number(shared, "weight", "a share from 0 to 1", lambda value: 0 <= value <= 1)
-        rate = _number(shared, "learning_rate", "more than 0", lambda value: value > 0)
+        temperature, weight, rate = _checked(shared)
         return cls(context.answers or context.teacher, context.loss, temperature, weight, rate, half)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -181,6 +192,16 @@ class _Goal:
         if target is None or self.label_loss is None:
             return imitation
         return self.weight * imitation + (1 - self.weight) * self.label_loss(output, target)
+
+
+def _checked(shared: Settings) -> tuple[float, float, float]:
+    """Temperature, weight and learning rate; `Infeasible` where one of these, or `epochs`, is missing or wrong."""
+    _epochs(shared)
+    return (
+        _number(shared, "temperature", "more than 0", lambda value: value > 0),
+        _number(shared, "weight", "a share from 0 to 1", lambda value: 0 <= value <= 1),
+        _number(shared, "learning_rate", "more than 0", lambda value: value > 0),
+    )
 
 
 def _epochs(shared: Settings) -> int:

@@ -108,10 +108,16 @@ class Growing(Compressor, Protocol):
         What comes of it depends on the model's state and the arguments alone.
         """
 
+    def between(self) -> Step | None:
+        """What a model is given after whole modules were taken out and before more is cut; None is nothing.
+
+        It is the same for every plan, so that many of them begin with the weights of one parent.
+        """
+
 
 @runtime_checkable
 class Removing(Compressor, Protocol):
-    """A method of the STRUCTURE stage that takes whole modules out; it runs after the others of its stage."""
+    """A method of the STRUCTURE stage that takes whole modules out; it runs before the others of its stage."""
 
     def removed(self, step: Step) -> Collection[str]:
         """The names of the modules that are out, with all that was in them: no plan asks anything else of these."""
@@ -224,12 +230,36 @@ class _Run:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
-        model = copy.deepcopy(original).eval()
-        achieved = {step.method: self._apply(model, step).achieved for step in self.of_stage(Stage.STRUCTURE)}
-        achieved.update(self._recover(model))
+        structure, recovery = self.of_stage(Stage.STRUCTURE), self.of_stage(Stage.RECOVER)
+        model, achieved = self._cut(original, structure, ())
+        between = self._between(structure, recovery)
+        if between and not self._furthest(list(self._way(structure, recovery)), model)[0]:
+            model, achieved = self._cut(original, structure, between)
+        achieved.update(self._recover(model, structure, recovery))
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
+
+    def _cut(
+        self, original: nn.Module, structure: Sequence[Step], between: Sequence[Step]
+    ) -> tuple[nn.Module, dict[str, Achieved]]:
+        """A copy of another structure, trained `between` taking modules out and cutting what is left of them."""
+        model = copy.deepcopy(original).eval()
+        achieved: dict[str, Achieved] = {}
+        for position, step in enumerate(structure, start=1):
+            achieved[step.method] = self._apply(model, step).achieved
+            if self._removes(step) and position < len(structure):
+                self._recover(model, structure[:position], between)
+        return model, achieved
+
+    def _between(self, structure: Sequence[Step], recovery: Sequence[Step]) -> tuple[Step, ...]:
+        """Nothing where there is no parent: no module is out, nothing else is cut, or nothing trains."""
+        growing = [m for m in (self.compressors[step.method] for step in recovery) if isinstance(m, Growing)]
+        step = growing[0].between() if growing and any(map(self._removes, structure[:-1])) else None
+        return (step,) if step else ()
+
+    def _removes(self, step: Step) -> bool:
+        return isinstance(self.compressors[step.method], Removing)
 
     def numbers(self, model: nn.Module, step: Step) -> Applied:
         """What one numeric method gives; it is asked for what is not stored."""
@@ -252,18 +282,18 @@ class _Run:
             if any(given.tensors() for given in numbers.values()):
                 yield owner, Applied({owner: applied.achieved[owner]}, numbers)
 
-    def _recover(self, model: nn.Module) -> dict[str, Achieved]:
+    def _recover(self, model: nn.Module, structure: Sequence[Step], recovery: Sequence[Step]) -> dict[str, Achieved]:
         """Train on from the furthest point that is stored; what each method achieved."""
-        way = list(self._way())
+        way = list(self._way(structure, recovery))
         passed, achieved = self._furthest(way, model)
         for leg in way[passed:]:
             achieved[leg.step.method] = self._advance(model, leg).achieved
             self.store.save(leg.prefix, model, achieved)
         return achieved
 
-    def _way(self) -> Iterator[_Leg]:
-        before = self.of_stage(Stage.STRUCTURE)
-        for step in self.of_stage(Stage.RECOVER):
+    def _way(self, structure: Sequence[Step], recovery: Sequence[Step]) -> Iterator[_Leg]:
+        before = list(structure)
+        for step in recovery:
             method = self.compressors[step.method]
             rounds = method.rounds(step) if isinstance(method, Growing) else (step,)
             since: Step | None = None

@@ -119,19 +119,18 @@ class SearchSpace:
 
     def plan(self, pick: Callable[[Knob], Scalar]) -> CompressionPlan:
         """The plan that follows from any way of answering knobs."""
-        steps: dict[str, Step] = {}
+        steps: list[Step] = []
         gone: set[str] = set()
         structural = False
-        for method in sorted(self.methods, key=lambda method: not method.removes):
+        for method in self.methods:
             if method.needs_structure and not structural:
                 continue
             step = method.step(pick, gone)
             if step is not None:
-                steps[method.name] = step
+                steps.append(step)
                 structural |= method.stage is Stage.STRUCTURE
                 gone |= set(step.per_layer) if method.removes else set()
-        in_order = (steps[method.name] for method in self.methods if method.name in steps)
-        return CompressionPlan(self._target(pick), tuple(in_order), self.seed)
+        return CompressionPlan(self._target(pick), tuple(steps), self.seed)
 
     def _target(self, pick: Callable[[Knob], Scalar]) -> Target:
         runtime = str(_only_or_pick(RUNTIME_KNOB, tuple(self.targets), pick))
@@ -221,7 +220,7 @@ def build_space(
             methods.append(_method(name, compressor, dict(spaces[name]), groups[name], kinds))
     if not methods:
         raise ConfigError("compressor", f"{', '.join(compressors)} find nothing to do here", "choose other compressors")
-    methods.sort(key=lambda method: (method.stage, method.removes))
+    methods.sort(key=lambda method: (method.stage, not method.removes))
     for method in methods:
         _check_kernels(method, kinds, runtimes)
     return SearchSpace(tuple(methods), {name: runtime.precisions() for name, runtime in runtimes.items()}, seed)

@@ -35,7 +35,7 @@ def test_everything_of_the_configuration_arrives(store: Path) -> None:
     assert list(search.workbench.runtimes) == ["onnxruntime", "openvino"]
     assert search.reference.runtime == "onnxruntime"
     assert search.reference.precision == "fp32"
-    assert [m.name for m in search.space.methods] == ["prune", "depth", "distill", "quantize"]
+    assert [m.name for m in search.space.methods] == ["depth", "prune", "distill", "quantize"]
     assert search.storage == f"sqlite:///{store}/optuna.db"
     assert OmegaConf.create(search.config).study == "mine"
 

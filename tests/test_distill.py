@@ -341,3 +341,14 @@ def test_an_epoch_ends_after_so_many_examples(monkeypatch: pytest.MonkeyPatch) -
     short.apply(model, Step("distill", {}, GOOD | {"epochs": 3}), context, seed=0)
     # 16 of 32 examples are two batches of 8, three times.
     assert len(taken) == 6
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"temperature": 0}, {"weight": None}, {"learning_rate": "fast"}])
+def test_a_parent_that_cannot_be_trained_is_refused_beforehand(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"compressor.distill.parent: distill.{next(iter(wrong))} is"):
+        Distill(0.0, 0.1, 1.0, epoch_examples=8, first_round=2, parent={**GOOD, **wrong})
+
+
+def test_the_parent_is_trained_as_it_is_told() -> None:
+    assert Distill(0.0, 0.1, 1.0, 8, 2).between() is None
+    assert Distill(0.0, 0.1, 1.0, 8, 2, parent=GOOD).between() == Step("distill", {}, GOOD)

@@ -95,6 +95,18 @@ class Climb(Recorder):
             model.get_parameter("head.bias").add_(noise)
         return Applied({"": {"add": step.shared["add"]}})
 
+    def between(self) -> Step | None:
+        return Step("climb", {}, {"add": 3})
+
+
+class Out(Recorder):
+    """Takes a module out, or would."""
+
+    method, stage = "out", Stage.STRUCTURE
+
+    def removed(self, step: Step) -> list[str]:
+        return []
+
 
 class Weigh(Recorder):
     """Numeric: at 4 bits an owner gets a tensor, at 8 none; `head` stands for itself and for `twin`."""
@@ -153,7 +165,8 @@ class Disk(Shelf):
         return None
 
 
-SHAPE, TEACH, EIGHT, FOUR = (
+OUT, SHAPE, TEACH, EIGHT, FOUR = (
+    Step("out", {}, {"add": 0.125}),
     Step("shape", {}, {"add": 0.5}),
     Step("teach", {}, {"add": 0.25}),
     Step("count", {}, {"bits": 8}),
@@ -161,7 +174,7 @@ SHAPE, TEACH, EIGHT, FOUR = (
 )
 
 
-METHODS: tuple[type[Recorder], ...] = (Shape, Teach, Climb, Count, Weigh)
+METHODS: tuple[type[Recorder], ...] = (Out, Shape, Teach, Climb, Count, Weigh)
 
 
 def climb(epochs: int) -> Step:
@@ -322,6 +335,32 @@ def test_another_seed_or_structure_shares_no_round() -> None:
     run(climb(4), calls=calls, store=disk, seed=1)
     run(SHAPE, climb(4), calls=calls, store=disk)
     assert calls == ["climb 0-2", "climb 2-4", "shape", "climb 0-2", "climb 2-4"]
+
+
+def test_what_lost_modules_is_trained_before_more_is_cut() -> None:
+    calls: list[str] = []
+    run(OUT, SHAPE, climb(2), calls=calls)
+    assert calls == ["out", "shape", "out", "climb 0-2", "climb 2-3", "shape", "climb 0-2"]
+    for steps in ((OUT, climb(2)), (SHAPE, climb(2)), (OUT, SHAPE), (OUT, SHAPE, TEACH)):
+        calls.clear()
+        run(*steps, calls=calls)
+        assert "climb 2-3" not in calls, "nothing else is cut, or nothing is out, or nothing grows"
+
+
+def test_children_share_their_parent() -> None:
+    disk, calls = Disk(), list[str]()
+    other = Step("shape", {}, {"add": 0.75})
+    run(OUT, SHAPE, climb(2), store=disk)
+    child = run(OUT, other, climb(2), calls=calls, store=disk)
+    assert [call for call in calls if call.startswith("climb")] == ["climb 0-2"], "its own round, none of the parent's"
+    assert same(child.model, run(OUT, other, climb(2)).model)
+    calls.clear()
+    more = run(OUT, other, climb(4), calls=calls, store=disk)
+    assert [call for call in calls if call.startswith("climb")] == ["climb 2-4"]
+    assert same(more.model, run(OUT, other, climb(4)).model)
+    calls.clear()
+    run(OUT, climb(4), calls=calls, store=disk)
+    assert calls == ["out", "climb 2-4"], "what the parent began with, other plans begin with"
 
 
 def test_every_recovery_method_is_stored_by_itself() -> None:

@@ -236,15 +236,15 @@ def with_remover(blocks: tuple[str, ...]) -> SearchSpace:
     return build_space(entries, compressors, groups, LAYERS, runtimes)
 
 
-def test_of_a_module_that_is_out_nothing_is_asked_and_it_goes_last_of_its_stage() -> None:
+def test_of_a_module_that_is_out_nothing_is_asked_and_it_goes_first_of_its_stage() -> None:
     found = with_remover(("body.0",))
-    assert [m.name for m in found.methods] == ["prune", "depth", "quantize"]
+    assert [m.name for m in found.methods] == ["depth", "prune", "quantize"]
     answers: dict[str, Scalar] = {"depth.skip@body.0": True, "prune.sparsity@stem": 0.5, "prune.align": 4}
     answers |= {f"quantize.bits@{name}": 8 for name in ("stem", "body.0", "body.1", "head")}
     trial = FixedTrial(answers)
     plan = found.sample(trial)
     assert not [name for name in trial.params if name.endswith(("@body.0", "@body.0.a")) and "skip" not in name]
-    assert [step.method for step in plan.steps] == ["prune", "depth", "quantize"]
+    assert [step.method for step in plan.steps] == ["depth", "prune", "quantize"]
     assert list(plan.steps[2].per_layer) == ["stem", "body.1.a", "head"]
     kept = found.sample(FixedTrial({**answers, "depth.skip@body.0": False, "prune.sparsity@body.0.a": 0.5}))
     assert [step.method for step in kept.steps] == ["prune", "quantize"]
