@@ -16,6 +16,8 @@ from search.standing import TRIAL_S, Standing
 NEW, PER_PREFIX, MUTATIONS = 48, 4, 16
 # Plans drawn by chance once all of those were seen.
 BY_CHANCE = 500
+# This share of the time goes to more growth for the best, whatever is expected of it.
+GROWING = 0.3
 # How often plans are judged by the possible beliefs that made them, and not by the most likely ones.
 BY_DRAW = 0.1
 
@@ -54,6 +56,11 @@ class Proposer:
         """
         standing = self.standing(facts)
         likely, possible = Outlook(standing, None), Outlook(standing, rng)
+        seen = {parsed.identity for parsed in standing.parsed} | set(map(self.reader.identity, taken))
+        if standing.grown < GROWING:
+            promoted = self._promoted(likely, fixed, rng, seen, remaining_s)
+            if promoted is not None:
+                return promoted
         rows = self._rows(standing, fixed, rng)
         rows.pick = self._solved(rows, possible, rng)
         rows.growth = np.where(self._untrained(rows), 0, rows.growth)
@@ -63,13 +70,30 @@ class Proposer:
         if gain.max() <= 0:
             # Nothing is expected to gain: that which possibly does.
             gain, _ = self._gain(possible, rows, remaining_s)
-        seen = {parsed.identity for parsed in standing.parsed} | set(map(self.reader.identity, taken))
         order = np.argsort(-gain, kind="stable")
         for i in order[gain[order] >= 0]:
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.reader.identity(answers) not in seen:
                 return Proposal(answers, tuple(map(float, expected[i])) if standing.known else None)
         return self._any_unseen(fixed, seen, rng)
+
+    def _promoted(
+        self,
+        outlook: Outlook,
+        fixed: Answers,
+        rng: np.random.Generator,
+        seen: Collection[frozenset[tuple[str, Scalar]]],
+        remaining_s: float,
+    ) -> Proposal | None:
+        """The next step of growth for the most promising member of the front, as in successive halving."""
+        standing = outlook.standing
+        for parsed in standing.promising():
+            rows = self._grown(standing, parsed, rng)
+            answers = self._answers(rows, 0)
+            fits = rows.seconds[0] <= remaining_s and all(answers.get(name) == value for name, value in fixed.items())
+            if fits and self.reader.identity(answers) not in seen:
+                return Proposal(answers, tuple(map(float, outlook.expected(rows)[0][0])))
+        return None
 
     def _any_unseen(
         self, fixed: Answers, seen: Collection[frozenset[tuple[str, Scalar]]], rng: np.random.Generator
@@ -126,12 +150,16 @@ class Proposer:
         for parsed in standing.prefixes():
             yield self._kept(parsed, parsed.growth, standing.seconds(0, 0), parsed.carried, rng)
             if self.guide.growth and parsed.growth < len(self.reader.levels):
-                carried = {**parsed.carried, self.guide.growth[0]: self.reader.levels[parsed.growth]}
-                wait = standing.seconds(parsed.growth, parsed.growth + 1)
-                grown = self._kept(parsed, parsed.growth + 1, wait, carried, rng)
-                # One of them differs from its parent in nothing else.
-                grown.free[0], grown.target[0], grown.variant[0] = False, parsed.target, parsed.variant
-                yield grown
+                yield self._grown(standing, parsed, rng)
+
+    def _grown(self, standing: Standing, parsed: Parsed, rng: np.random.Generator) -> Rows:
+        """With the next step of growth; the first of them differs from its parent in nothing else."""
+        knob = self.guide.growth[0] if self.guide.growth else ""
+        carried = {**parsed.carried, knob: self.reader.levels[parsed.growth]}
+        wait = standing.seconds(parsed.growth, parsed.growth + 1)
+        grown = self._kept(parsed, parsed.growth + 1, wait, carried, rng)
+        grown.free[0], grown.target[0], grown.variant[0] = False, parsed.target, parsed.variant
+        return grown
 
     def _kept(self, parsed: Parsed, growth: int, seconds: float, carried: Answers, rng: np.random.Generator) -> Rows:
         n = PER_PREFIX

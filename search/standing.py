@@ -8,7 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressors.plan import Scalar
-from search.beliefs import LEAST_LOSS, Correction, Level, Linear, Relation, correct, regress, relate, uncovered
+from search.beliefs import (
+    LEAST_LOSS,
+    Correction,
+    Level,
+    Linear,
+    Relation,
+    correct,
+    improvement,
+    regress,
+    relate,
+    uncovered,
+)
 from search.facts import Aim, Fact, Parsed, Reader
 from search.solver import Floats, Ints
 
@@ -85,6 +96,28 @@ class Standing:
         for i in sorted(inside, key=lambda i: -float(np.prod((high - self.values[i]) / (high - low)))):
             found.setdefault((self.parsed[i].structure, self.parsed[i].growth), self.parsed[i])
         return list(found.values())[:PREFIXES]
+
+    def promising(self) -> list[Parsed]:
+        """Trained members of the front that may grow, by what they would add per second if nothing were lost any more.
+
+        Those count too that lost up to twice of what is tolerated.
+        """
+        lost = self.values[:, self.aim.quality] - self.zero
+        limit = 2 * self.tolerated if self.tolerated else np.inf
+        trained = [i for i in self.members if 0 < self.growths[i] < len(self.reader.levels) and lost[i] <= limit]
+        whole = self.values[trained].reshape(-1, len(self.aim.roles))
+        whole[:, self.aim.quality] = np.minimum(whole[:, self.aim.quality], self.zero)
+        gain = improvement(whole, self.open)
+        rate = {i: g / self.seconds(self.growths[i], self.growths[i] + 1) for i, g in zip(trained, gain, strict=True)}
+        return [self.parsed[i] for i in sorted(rate, key=lambda i: -rate[i])]
+
+    @cached_property
+    def grown(self) -> float:
+        """Share of all seconds so far that went into more than the least growth."""
+        seconds = np.array([fact.seconds for fact in self.facts])
+        # What was trained before and only deployed again took no more than a trial without training.
+        trained = (self.growths > 1) & (seconds > 1.5 * self._pace[0])
+        return float(seconds[trained].sum() / max(seconds.sum(), 1e-9))
 
     @cached_property
     def open(self) -> Floats:

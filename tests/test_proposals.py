@@ -148,7 +148,7 @@ def test_growth_may_teach_what_the_uncompressed_model_did_not_know() -> None:
         for f in facts
     ]
     as_told, better = (Proposer(make_guide(), AIM).standing(told).learned.mean[0] for told in (facts, taught))
-    assert better > as_told + 0.0005
+    assert better > as_told + 0.0002
     outlook = Outlook(Proposer(make_guide(), AIM).standing(taught), None)
     trained_at = next(p for p in outlook.standing.parsed if p.growth)
     rows = Rows(
@@ -162,3 +162,23 @@ def test_growth_may_teach_what_the_uncompressed_model_did_not_know() -> None:
     )
     less, more = outlook.expected(rows)[0][:, 0]
     assert more < less - 2 * better
+
+
+def test_the_best_of_the_front_grow_for_a_share_of_the_time() -> None:
+    proposer = Proposer(make_guide(), AIM)
+    facts = studied(40)
+    assert 0.15 < proposer.standing(facts).grown < 0.6
+    young = [f for f in facts if int(f.answers.get("train.epochs", 0)) <= 2]
+    standing = proposer.standing(young)
+    assert standing.grown == 0
+    best = standing.promising()[0]
+    found = proposer.propose(young, {}, np.random.default_rng(0))
+    assert found is not None
+    assert prefix(found.answers) - {("train.epochs", 4)} == best.structure
+    assert found.answers["train.epochs"] == 4
+    kept = proposer.propose(young, {"train.epochs": 2}, np.random.default_rng(0))
+    assert kept is not None
+    assert kept.answers.get("train.epochs", 2) == 2, "not against what is fixed"
+    hurried = proposer.propose(young, {}, np.random.default_rng(0), remaining_s=1.5)
+    assert hurried is not None
+    assert hurried.answers.get("train.epochs") != 4, "nor when there is no time for it"
