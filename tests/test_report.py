@@ -52,6 +52,8 @@ def test_what_was_done_in_a_few_words() -> None:
     assert describe(BASE) == "uncompressed, openvino fp32"
     assert describe(BEST) == "prune 50 %, distill 4 epochs, int8 2 layers, int4 1 layer, openvino bf16"
     assert describe(trial(5, 0.9, 0.5, Step("fold", {}, {}))) == "fold, openvino bf16"
+    skip = Step("depth", {"block": {"skip": True}, "tail": {"skip": False}})
+    assert describe(trial(5, 0.9, 0.5, skip)) == "skip 1 block, openvino bf16"
 
 
 def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
@@ -115,6 +117,18 @@ def test_data_cannot_end_its_script(tmp_path: Path) -> None:
     odd = trial(5, 0.9, 0.5, Step("</script><script>alert(1)", {}, {}))
     pareto_html([BASE, odd], [BASE], Choice(BASE, True, ""), tmp_path / "page.html", VIEW)
     assert "<script>alert" not in (tmp_path / "page.html").read_text()
+
+
+def test_layers_that_were_left_out_are_grey(tmp_path: Path) -> None:
+    out = trial(5, 0.9, 0.5, Step("depth", {"block": {"skip": True}}))
+    grey = np.array([0x8B, 0x94, 0x9E]) / 255
+
+    def share(record: TrialRecord) -> float:
+        layers_png([record], LAYERS, tmp_path / "layers.png")
+        return float((np.abs(imread(tmp_path / "layers.png")[..., :3] - grey) < 0.01).all(-1).mean())
+
+    assert share(BEST) < 0.01
+    assert share(out) > 0.2
 
 
 def test_many_layers_and_rows_are_drawn(tmp_path: Path) -> None:
