@@ -1,4 +1,4 @@
-"""The public Python API and the console command: compress, select, reproduce, ui and doctor."""
+"""The public Python API and the console command: compress, select, reproduce, status, stop, ui and doctor."""
 
 import copy
 import hashlib
@@ -22,6 +22,7 @@ from evaluators.runtime import Array
 from evaluators.score import Score
 from search import build
 from search import reproduce as reproduction
+from search import status as standing
 from search.__main__ import guarded, terminal
 from search.__main__ import main as search_main
 from search.conclude import Conclusion, conclude, reselect, show
@@ -30,7 +31,8 @@ from search.models import check_model
 from search.progress import ProgressView
 from search.reproduce import Reproduction
 from search.reproduce import reproduce as rebuild
-from search.study import Search, run
+from search.status import Status
+from search.study import Budget, Search, run
 from search.tracking import CONFIG_FILE, Tracker
 from search.trial import TrialRecord
 from search.workload import Split, Splits, Task, Workload, checked
@@ -47,6 +49,8 @@ __all__ = [
     "reproduce",
     "search",
     "select",
+    "status",
+    "stop",
     "ui",
 ]
 
@@ -55,6 +59,8 @@ USAGE = """usage: compareto COMMAND [option=value ...]
   search      search, and print the versions worth deploying
   select      choose the champion by another rule, without searching: compareto select rule=smallest
   reproduce   rebuild the champion (or trial=N) from its plan and compare
+  status      workers, trials, pace, and what is left of the budget
+  stop        have every worker of the study end after its running trial
   ui          MLflow's pages on 127.0.0.1 (port=5000)
   doctor      what this machine can run
 
@@ -164,6 +170,18 @@ def reproduce(*overrides: str) -> Reproduction:
             raise ConfigError("reproduce", infeasible.reason, "run it where the study was run") from infeasible
 
 
+def status(*overrides: str) -> Status:
+    """What the workers of a study are doing, `status("study=NAME")`; it can be asked from any host of the storage."""
+    config = build.compose(overrides)
+    return standing.status(str(config.storage.url), str(config.study), Budget(**config.budget))
+
+
+def stop(*overrides: str) -> int:
+    """Have every worker of a study end after the trial that it is at; how many are at one."""
+    config = build.compose(overrides)
+    return standing.stop(str(config.storage.url), str(config.study))
+
+
 def ui(*overrides: str) -> None:
     """Serve MLflow's pages on 127.0.0.1 until Ctrl-C."""
     config = build.compose(overrides)
@@ -187,6 +205,8 @@ def main() -> None:
     actions: dict[str, Callable[..., None]] = {
         "select": lambda *words: terminal().print(str(select(*words)), highlight=False, markup=False, soft_wrap=True),
         "reproduce": lambda *words: reproduction.show(reproduce(*words), terminal()),
+        "status": lambda *words: standing.show(status(*words), terminal()),
+        "stop": lambda *words: print(f"{stop(*words)} workers end after the trial that they are at"),
         "ui": ui,
         "doctor": doctor,
     }

@@ -12,7 +12,7 @@ from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search import report
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
-from search.study import INTERRUPTED, Outcome, Search
+from search.study import INTERRUPTED, STOPPED, Outcome, Search
 from search.tracking import StudyRun, Tracker, measurement_from
 from search.trial import TrialRecord
 
@@ -44,7 +44,7 @@ def _conclude(search: Search, outcome: Outcome) -> Conclusion:
     view = report.View(quality=search.quality)
     tracker = search.tracker
     # An interrupted search has not said its last word: the test split waits.
-    test = {} if outcome.ended == INTERRUPTED else _test_once(search, outcome, choice.record)
+    test = {} if outcome.ended in (INTERRUPTED, STOPPED) else _test_once(search, outcome, choice.record)
     tracker.register(outcome.study, outcome.front, choice.record, search.workbench.runtimes)
     files = report.draw(search.folder / search.name, outcome.records, outcome.front, choice, search.layers, view)
     tracker.log_study_files(outcome.study, files)

@@ -38,6 +38,8 @@ RETRIES = 2
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
 DUPLICATES_IN_A_ROW = 100
 FRONT_FILE = "front.json"
+STOP = "stop"
+"""User attribute of a study: whoever sees it change ends after the trial at hand."""
 # User attributes that hold for the plan, whichever trial it was measured in.
 TOLD = {MEASURED_LOSS, PREVIEW, "infeasible", "stopped"}
 
@@ -123,6 +125,7 @@ class Outcome:
 
 
 INTERRUPTED = "interrupted: the same command goes on from here"
+STOPPED = "stopped on demand: the same command goes on from here"
 
 
 def run(search: Search, watch: Watcher) -> Outcome:
@@ -156,6 +159,7 @@ class _Loop:
         self.began = time.perf_counter()
         self.looked_after = -math.inf
         self.duplicates = 0
+        self.stop = self.study.user_attrs.get(STOP)
         try:
             self.reference = bench.reference(search.reference, Clock(watch=self._show))
         except Infeasible as infeasible:
@@ -184,8 +188,10 @@ class _Loop:
         return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
 
     def _budget_spent(self) -> str:
+        if self.study.user_attrs.get(STOP) != self.stop:
+            return STOPPED
         budget = self.search.budget
-        done, elapsed = len(_counted(self.study)), self._elapsed()
+        done, elapsed = len(counted(self.study)), self._elapsed()
         running = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if budget.trials is not None and done + running >= budget.trials:
             elsewhere = f", {running} of them still running elsewhere" if running else ""
@@ -254,7 +260,7 @@ class _Loop:
 
     def _others(self) -> Sequence[TrialRecord]:
         """The records so far, read again when another worker has told of some that are not among them."""
-        told = {t.number for t in _counted(self.study) if t.state is not TrialState.FAIL}
+        told = {t.number for t in counted(self.study) if t.state is not TrialState.FAIL}
         if told - {record.number for record in self.records}:
             return self.search.tracker.records(self.run)
         return self.records
@@ -313,7 +319,7 @@ class _Loop:
         return self.spent_before + time.perf_counter() - self.began
 
     def _show(self, phase: str) -> None:
-        done = len(_counted(self.study)) if not phase else len(self.records)
+        done = len(counted(self.study)) if not phase else len(self.records)
         self.watch(
             Progress(done, self.records, self.front, phase, self._elapsed(), self.duplicates, self.search.budget)
         )
@@ -413,7 +419,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _counted(study: optuna.Study) -> list[FrozenTrial]:
+def counted(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that used up budget: finished, not answered from an earlier one, not given up by a dead worker."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     return [
@@ -427,11 +433,11 @@ def _counted(study: optuna.Study) -> list[FrozenTrial]:
 def _answers(study: optuna.Study) -> list[FrozenTrial]:
     """Trials whose plan need not be tried again: finished for a reason of the plan's own, or being measured now."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in (*_counted(study), *running) if "missed" not in t.user_attrs]
+    return [t for t in (*counted(study), *running) if "missed" not in t.user_attrs]
 
 
 def _spent_s(study: optuna.Study) -> float:
-    return sum(t.duration.total_seconds() for t in _counted(study) if t.duration is not None)
+    return sum(t.duration.total_seconds() for t in counted(study) if t.duration is not None)
 
 
 def _requeue(study: optuna.Study, number: int) -> None:

@@ -226,7 +226,7 @@ def test_the_usage_names_every_command(
 ) -> None:
     assert command(*words) == code
     said = capsys.readouterr().out
-    assert all(f"\n  {verb} " in said for verb in ("search", "select", "reproduce", "ui", "doctor"))
+    assert all(f"\n  {verb} " in said for verb in ("search", "select", "reproduce", "status", "stop", "ui", "doctor"))
 
 
 def test_the_configuration_can_be_looked_at(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,138 @@
+"""What the workers of a study are doing, read from its storage; it changes nothing but the wish to stop."""
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+
+from compressors.errors import ConfigError
+from search.liveness import is_gone
+from search.sampler import REMAINING
+from search.study import STOP, Budget, counted, open_storage
+
+SQLITE = "sqlite:///"
+# The pace is that of the last hour in which anything ended.
+WINDOW_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that works on a trial; one that is not `alive` died at it. Another host's counts as alive."""
+
+    process: str
+    trial: int
+    seconds: float
+    alive: bool
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a study stands. `states` counts trials; `left` are trials and seconds of the budget, None for no limit."""
+
+    study: str
+    workers: tuple[Worker, ...]
+    states: dict[str, int]
+    per_hour: float | None
+    left_trials: int | None
+    left_s: float | None
+
+
+def status(storage: str, name: str, budget: Budget) -> Status:
+    """Read it; `ConfigError` when the storage has no study of that name."""
+    study = _study(storage, name)
+    trials = study.get_trials(deepcopy=False)
+    running = [t for t in trials if t.state is TrialState.RUNNING]
+    done = counted(study)
+    remaining = study.user_attrs.get(REMAINING)
+    newest = max((t.datetime_start.timestamp() for t in trials if t.datetime_start), default=time.time())
+    return Status(
+        study=name,
+        workers=tuple(map(_worker, running)),
+        states=dict(Counter(map(_state, trials))),
+        per_hour=_per_hour(done),
+        left_trials=None if budget.trials is None else max(0, budget.trials - len(done)),
+        left_s=None if budget.minutes is None or remaining is None else max(0.0, remaining - time.time() + newest),
+    )
+
+
+def stop(storage: str, name: str) -> int:
+    """Have every worker end after its running trial; how many are at work."""
+    study = _study(storage, name)
+    study.set_user_attr(STOP, uuid.uuid4().hex)
+    return len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+
+
+def show(found: Status, console: Console) -> None:
+    """One table of workers, and lines of figures."""
+    if found.workers:
+        table = Table(title=f"workers of {found.study}", title_justify="left")
+        for column in ("process", "trial", "for", "state"):
+            table.add_column(column)
+        for worker in found.workers:
+            state = "at work" if worker.alive else "gone: its trial will be taken up again"
+            table.add_row(worker.process, str(worker.trial), _clock(worker.seconds), state)
+        console.print(table)
+    else:
+        console.print(f"{found.study}: no worker is at a trial")
+    console.print("trials: " + (", ".join(f"{n} {state}" for state, n in sorted(found.states.items())) or "none yet"))
+    pace = "unknown" if found.per_hour is None else f"{found.per_hour:.0f} an hour"
+    left = [f"{found.left_trials} trials" if found.left_trials is not None else ""]
+    left.append(_clock(found.left_s) if found.left_s is not None else "")
+    console.print(f"pace: {pace}; left of the budget: {', '.join(filter(None, left)) or 'no limit'}", highlight=False)
+
+
+def _study(storage: str, name: str) -> optuna.Study:
+    problem = f"{name!r} is not in {storage}"
+    remedy = "run its search first, or give another name"
+    # Looking at a study makes no file.
+    if storage.startswith(SQLITE) and not Path(storage.removeprefix(SQLITE)).exists():
+        raise ConfigError("study", problem, remedy)
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(storage))
+    except KeyError:
+        raise ConfigError("study", problem, remedy) from None
+
+
+def _worker(trial: FrozenTrial) -> Worker:
+    owner = str(trial.user_attrs.get("owner", "unknown"))
+    began = trial.datetime_start.timestamp() if trial.datetime_start else time.time()
+    alive = owner == "unknown" or not is_gone(owner)
+    return Worker(owner, trial.number, time.time() - began, alive)
+
+
+def _state(trial: FrozenTrial) -> str:
+    told = trial.user_attrs
+    if "duplicate_of" in told:
+        return "repeated"
+    if trial.state is TrialState.PRUNED:
+        return "infeasible" if "infeasible" in told else "stopped early"
+    if trial.state is TrialState.FAIL:
+        return "failed" if {"error", "missed"} & set(told) else "given up and queued again"
+    return {TrialState.COMPLETE: "measured", TrialState.RUNNING: "running"}.get(trial.state, "waiting")
+
+
+def _per_hour(done: Sequence[FrozenTrial]) -> float | None:
+    """Trials per hour while the last of them ran."""
+    spans = [(_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in done]
+    if not spans:
+        return None
+    last = max(end for _, end in spans)
+    recent = [(begin, end) for begin, end in spans if end > last - WINDOW_S]
+    first = max(min(begin for begin, _ in recent), last - WINDOW_S)
+    return 3600 * len(recent) / max(last - first, 1e-3)
+
+
+def _seconds(moment: datetime | None) -> float:
+    return moment.timestamp() if moment else 0.0
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
