@@ -32,9 +32,10 @@ from search.progress import ProgressView
 from search.reproduce import Reproduction
 from search.reproduce import reproduce as rebuild
 from search.status import Status
-from search.study import Budget, Search, run
+from search.study import Budget, Search
 from search.tracking import CONFIG_FILE, Tracker
 from search.trial import TrialRecord
+from search.workers import run_together
 from search.workload import Split, Splits, Task, Workload, checked
 
 __all__ = [
@@ -144,6 +145,9 @@ def compress(
     extra: dict[str, Evaluator] = {"score": Score(metric)} if metric else {}
     measured = [*([] if metric else [quality]), "latency", "size"]
     config = build.compose([f"study={study}", f"evaluator=[{','.join(measured)}]", f"quality={quality}", *overrides])
+    if config.workers != 1:
+        remedy = "start the script that calls compress several times: all join the same study"
+        raise ConfigError("workers", f"is {config.workers}, and other processes do not have this model", remedy)
     _mark_as_users(config, study)
     workload = Workload(study, model, splits if quality != "accuracy" else _with_classes(splits, model), task)
     return _result(config, workload, extra)
@@ -219,7 +223,7 @@ def main() -> None:
 def _result(config: DictConfig, workload: Workload | None, extra: Mapping[str, Evaluator]) -> Result:
     with ProgressView(terminal(), str(config.quality)) as view:
         job = build.build(config, view.training, workload, extra)
-        conclusion = conclude(job, run(job, view))
+        conclusion = conclude(job, run_together(config, job, view))
     return Result(conclusion, job.tracker, job)
 
 

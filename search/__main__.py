@@ -11,14 +11,14 @@ from compressors.errors import ConfigError
 from search import build
 from search.conclude import conclude, show
 from search.progress import ProgressView
-from search.study import run
+from search.workers import run_together
 
 
 def search(config: DictConfig, console: Console) -> None:
     """Build, run to the budget or to Ctrl-C, choose, register, and print the front."""
     with ProgressView(console, str(config.quality)) as view:
         job = build.build(config, view.training)
-        outcome = run(job, view)
+        outcome = run_together(config, job, view)
         conclusion = conclude(job, outcome)
     show(conclusion, console)
 

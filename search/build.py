@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "seed": ((int,), "give a whole number"),
     "recovery_batch": ((int,), "give a whole number"),
     "cache_gb": ((int, float), "give a number of gigabytes"),
+    "workers": ((int,), "give a whole number"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
@@ -233,6 +235,10 @@ def _check(config: DictConfig) -> None:
             raise ConfigError(path, "is not set" if value is None else f"is {value!r}", remedy)
     if config.recovery_batch < 1:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
+    cores = len(os.sched_getaffinity(0))
+    # More than that would slow each other, and no latency could be trusted.
+    if not 1 <= config.workers <= cores:
+        raise ConfigError("workers", f"is {config.workers}", f"give 1 to {cores}, one process for each core")
     if not config.cache_gb > 0:
         raise ConfigError("cache_gb", f"is {config.cache_gb}", "give a number above 0")
 

@@ -64,7 +64,7 @@ def command(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             compareto.main()
         return int(str(ended.value.code or 0))
 
-    monkeypatch.setattr("search.__main__.run", begin)
+    monkeypatch.setattr("search.workers.run", begin)
     return call
 
 
@@ -99,6 +99,8 @@ OPTIONS = {
     "negative minutes": ("budget.minutes=-1", "is -1; give a finite number above 0"),
     "no budget": ("budget.minutes=null", "set budget.trials=N or budget.minutes=M"),
     "a word for a number": ("budget.trials=many", "is 'many'; give a whole number"),
+    "no worker": ("workers=0", "workers: is 0; give 1 to"),
+    "more workers than cores": ("workers=9999", "one process for each core"),
     "half a trial": ("budget.trials=1.5", "is 1.5; give a whole number"),
     "a seed that is no number": ("seed=abc", "seed: is 'abc'"),
     "an error of the ladder that is no rate": ("ladder.error=1", "ladder.error: is 1; give a rate above 0"),
@@ -188,7 +190,7 @@ def test_nan_in_the_data_is_found(monkeypatch: pytest.MonkeyPatch, refused: Refu
 def test_a_storage_that_cannot_be_opened_is_named(url: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     from search import study
 
-    monkeypatch.setattr("search.__main__.run", study.run)
+    monkeypatch.setattr("search.workers.run", study.run)
     line = refused("compressor=[quantize]", f"storage.url={url}")
     assert f"storage.url: {url} cannot be opened" in line
 
@@ -254,8 +256,8 @@ print(model.predict(numpy.zeros((3, 1, 32, 32), numpy.float32)).shape)
 """
 
 
-def start(folder: Path, trials: int) -> "subprocess.Popen[str]":
-    words = [f"folder={folder}/runs", *QUICK, f"budget.trials={trials}"]
+def start(folder: Path, trials: int, *more: str) -> "subprocess.Popen[str]":
+    words = [f"folder={folder}/runs", *QUICK, f"budget.trials={trials}", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "search", *words],
         cwd=ROOT,
@@ -335,3 +337,20 @@ def test_a_search_from_nothing_to_a_champion_that_loads_anywhere_and_survives_a_
     assert tracker.open_trials(study) == []
     assert {record.plan.digest for record in tracker.records(study)} >= set(after)
     assert len(tracker.records(study)) == 14
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_two_workers_share_a_search_and_one_of_them_concludes(tmp_path: Path) -> None:
+    process = start(tmp_path, 10, "workers=2")
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    assert "the front (★ champion, ○ uncompressed)" in said
+    done = finished(tmp_path)
+    assert len(done) == len(set(done)) == 10, "the budget is met exactly, and no plan done twice"
+    complete = [t for t in trials(tmp_path, TrialState.COMPLETE) if "duplicate_of" not in t.user_attrs]
+    owners = [t.user_attrs["owner"] for t in complete]
+    assert min(owners.count(owner) for owner in set(owners)) >= 2
+    assert len(set(owners)) == 2
+    assert "the front (" not in (tmp_path / "runs/resnet20-digits/worker-2.log").read_text()
+    assert not left_running(tmp_path)
