@@ -33,6 +33,7 @@ from search.conclude import Selection
 from search.facts import Role
 from search.ladder import Ladder
 from search.models import check_model, load_checkpoint
+from search.runner import Limits
 from search.sampler import GuidedSampler
 from search.select import Bound
 from search.sensitivity import guide
@@ -53,6 +54,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "recovery_batch": ((int,), "give a whole number"),
     "cache_gb": ((int, float), "give a number of gigabytes"),
     "workers": ((int,), "give a whole number"),
+    "limits": ((dict, None), "set limits.minutes or limits.memory_gb, or limits=null"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
@@ -64,6 +66,9 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "runtime": ((dict,), "choose at least one with runtime=[...]"),
     "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
 }
+
+# Of the machine's memory, for one trial, if limits.memory_gb is null.
+MEMORY_SHARE = 0.8
 
 # What decides whether two runs belong to the same study, beside model, data, machine and versions.
 FINGERPRINTED = ("compressor", "runtime", "evaluator", "task", "objectives", "bounds", "seed", "recovery_batch")
@@ -139,6 +144,7 @@ def build(
         seed=config.seed,
         sparing=known is not None,
         ladder=ladder,
+        limits=_limits(config),
     )
 
 
@@ -241,6 +247,14 @@ def _check(config: DictConfig) -> None:
         raise ConfigError("workers", f"is {config.workers}", f"give 1 to {cores}, one process for each core")
     if not config.cache_gb > 0:
         raise ConfigError("cache_gb", f"is {config.cache_gb}", "give a number above 0")
+
+
+def _limits(config: DictConfig) -> Limits | None:
+    """Without a bound of its own, a trial may take most of the machine's memory, but not bring it to a halt."""
+    if config.limits is None:
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return Limits(config.limits.minutes, config.limits.memory_gb or MEMORY_SHARE * memory)
 
 
 def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:

@@ -8,7 +8,6 @@ import sqlite3
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from evaluators.divergence import LOSS
 from evaluators.measurement import Metric
 from search.ladder import Ladder
 from search.liveness import is_gone, this_process
+from search.runner import Broken, Carrier, Here, Limits, Runner
 from search.sampler import EXPECTED, MEASURED_LOSS, PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
@@ -64,7 +64,8 @@ class Budget:
 class Search:
     """Everything one search needs, built from its configuration.
 
-    `sparing` leaves all but a few of the uniform plans to a sampler that knows better.
+    `sparing` leaves all but a few of the uniform plans to a sampler that knows better. With `limits`, trials run in a
+    process of their own.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Search:
     seed: int = 0
     sparing: bool = False
     ladder: Ladder | None = None
+    limits: Limits | None = None
 
     @property
     def reference(self) -> Target:
@@ -139,7 +141,7 @@ def run(search: Search, watch: Watcher) -> Outcome:
     except KeyboardInterrupt:
         ended = INTERRUPTED
     finally:
-        search.workbench.close()
+        loop.carrier.close()
     records = tuple(search.tracker.records(loop.run))
     return Outcome(loop.run, records, tuple(search.front(records)), ended)
 
@@ -160,12 +162,16 @@ class _Loop:
         self.looked_after = -math.inf
         self.duplicates = 0
         self.stop = self.study.user_attrs.get(STOP)
+        clock = Clock(watch=self._show)
         try:
-            self.reference = bench.reference(search.reference, Clock(watch=self._show))
+            self.carrier: Carrier = (
+                Runner(bench, search.reference, clock, search.limits)
+                if search.limits
+                else Here(bench, search.reference, clock)
+            )
         except Infeasible as infeasible:
             remedy = "choose another runtime=[...] or another model"
             raise ConfigError("model", f"cannot be deployed as it is: {infeasible.reason}", remedy) from infeasible
-        self.examples = bench.examples("validation")
 
     def until_spent(self) -> str:
         """Trial after trial; says why it stopped."""
@@ -231,9 +237,7 @@ class _Loop:
         run_id = tracker.start_trial(self.run, trial.number, plan)
         with tempfile.TemporaryDirectory() as folder, _heartbeat(self.study, trial.number):
             try:
-                record, deployed = self.search.workbench.run(
-                    trial.number, plan, self.reference, self.examples, Path(folder), clock, judge
-                )
+                record, deployed = self.carrier.run(trial.number, plan, Path(folder), clock, judge)
                 record = tracker.finish_trial(run_id, replace(record, expected=self._expected(trial)), deployed)
             except KeyboardInterrupt:
                 tracker.kill_trial(run_id)
@@ -246,9 +250,10 @@ class _Loop:
                 trial.set_user_attr("missed", infeasible.reason)
                 self.study.tell(trial, state=TrialState.FAIL)
                 return None
-            except Exception as error:  # noqa: BLE001  a candidate may fail in any library; the study goes on
-                tracker.fail_trial(run_id, clock.phase, traceback.format_exc())
-                trial.set_user_attr("error", f"{clock.phase}: {type(error).__name__}: {error}")
+            except Exception as error:  # noqa: BLE001  recording may fail too, on a full disk; the study goes on
+                broken = error if isinstance(error, Broken) else Broken.of(error, "record")
+                tracker.fail_trial(run_id, broken.stage, f"{broken.details.rstrip()}\n{broken.reason}")
+                trial.set_user_attr("error", f"{broken.stage}: {broken.reason}")
                 self.study.tell(trial, state=TrialState.FAIL)
                 return None
         return record
