@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
-from compressors.layers import KINDS
+from compressors.layers import KINDS, inside
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Block dropping: the input of a residual block becomes its output (Huang 2016, arXiv 1603.09382, did so for good).
+    """The input of a residual block becomes its output: stochastic depth (Huang 2016, arXiv 1603.09382) made permanent.
 
     A block is a module with weighted layers whose output equals its input once all of its parameters are zero: whatever
     adds to its input qualifies, and for a module of several such blocks each of them. It is what helps where a runtime
@@ -65,11 +65,6 @@ def _effect(model: nn.Module, name: str, last: Sequence[str], fisher: Fisher) ->
     names = (f"{layer}.{parameter}" for layer in last for parameter in ("weight", "bias"))
     gone = dict.fromkeys(layers, 0.0)
     return Effect(fisher.removal_of_all([name for name in names if name in fisher.gates]), outputs=gone)
-
-
-def inside(name: str, block: str) -> bool:
-    """Whether the module of this name is the block, or a part of it."""
-    return name == block or name.startswith(f"{block}.")
 
 
 def _check(name: str, settings: Settings, blocks: Mapping[str, Sequence[str]]) -> None:

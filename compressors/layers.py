@@ -16,6 +16,11 @@ KINDS: dict[type[nn.Module], str] = {
 }
 
 
+def inside(name: str, block: str) -> bool:
+    """Whether the module of this name is the block, or a part of it."""
+    return name == block or name.startswith(f"{block}.")
+
+
 def read_layers(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[LayerSpec, ...]:
     """The conv, linear and embedding layers that `model(*example)` calls, in the order of their first call.
 

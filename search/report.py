@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 from rich.table import Table
 
+from compressors.layers import inside
 from compressors.plan import LayerSpec, Scalar, Settings
 from evaluators.measurement import Measurement
 from search.select import Choice, baselines
@@ -550,4 +551,4 @@ def _achieved(record: TrialRecord, layer: LayerSpec, key: str) -> float:
 
 
 def _is_out(layer: str, achieved: Mapping[str, Settings]) -> bool:
-    return any(settings.get("skip") and layer.startswith(f"{block}.") for block, settings in achieved.items())
+    return any(settings.get("skip") and inside(layer, block) for block, settings in achieved.items())

@@ -9,6 +9,7 @@ from typing import Any, cast
 from optuna.trial import BaseTrial
 
 from compressors.errors import ConfigError
+from compressors.layers import inside
 from compressors.pipeline import Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
 from evaluators.runtime import Runtime, Support
@@ -98,7 +99,7 @@ class Method:
 def _left(knobs: Iterable[Knob], gone: Collection[str]) -> Iterator[Knob]:
     """Knobs without the owners that lie in modules which are gone, and without those that had no other owners."""
     for knob in knobs:
-        owners = tuple(o for o in knob.owners if not any(o == out or o.startswith(f"{out}.") for out in gone))
+        owners = tuple(o for o in knob.owners if not any(inside(o, out) for out in gone))
         if owners == knob.owners:
             yield knob
         elif owners:
