@@ -11,6 +11,7 @@ from compressors.errors import ConfigError
 from search import build
 from search.conclude import conclude, show
 from search.progress import ProgressView
+from search.study import others_at_work
 from search.workers import run_together
 
 
@@ -19,8 +20,12 @@ def search(config: DictConfig, console: Console) -> None:
     with ProgressView(console, str(config.quality)) as view:
         job = build.build(config, view.training)
         outcome = run_together(config, job, view)
-        conclusion = conclude(job, outcome)
-    show(conclusion, console)
+        others = others_at_work(job) if config.worker is not None else 0
+        conclusion = None if others else conclude(job, outcome)
+    if conclusion is None:
+        console.print(f"{outcome.ended}\n{others} others are still at a trial; the last one to end chooses and draws")
+    else:
+        show(conclusion, console)
 
 
 def terminal() -> Console:

@@ -55,6 +55,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "cache_gb": ((int, float), "give a number of gigabytes"),
     "workers": ((int,), "give a whole number"),
     "limits": ((dict, None), "set limits.minutes or limits.memory_gb, or limits=null"),
+    "worker": ((int, None), "give a whole number or null"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),

@@ -351,6 +351,13 @@ class _Loop:
         self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
 
 
+def others_at_work(search: Search) -> int:
+    """How many trials other processes, which are not known to be gone, are carrying out now."""
+    study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return sum(not _is_dead(trial, search.storage) for trial in running)
+
+
 def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]:
     values = {m.name: record.value(m.name) for m in objectives}
     measured = {name: {"value": m.value, "interval": m.interval} for name, m in values.items()}

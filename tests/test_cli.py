@@ -231,6 +231,24 @@ def test_the_usage_names_every_command(
     assert all(f"\n  {verb} " in said for verb in ("search", "select", "reproduce", "status", "stop", "ui", "doctor"))
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_of_a_sweep_the_last_worker_concludes(
+    others: int, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concluded: list[object] = []
+    monkeypatch.setattr("search.workers.run", lambda *_: SimpleNamespace(ended="budget spent"))
+    monkeypatch.setattr("search.__main__.others_at_work", lambda _search: others)
+    monkeypatch.setattr("search.__main__.conclude", lambda *_: concluded.append(1) or concluded)  # type: ignore[func-returns-value]
+    monkeypatch.setattr("search.__main__.show", lambda _conclusion, console: console.print("the front"))
+    assert command("search", "model.checkpoint=fits.safetensors", "worker=1") == 0
+    said = capsys.readouterr().out
+    assert len(concluded) == (0 if others else 1)
+    assert ("2 others are still at a trial" in said) == bool(others)
+    concluded.clear()
+    assert command("search", "model.checkpoint=fits.safetensors") == 0
+    assert concluded, "a search that is no worker of a sweep draws whatever there is"
+
+
 def test_the_configuration_can_be_looked_at(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert command("search", "rule=knee", "--cfg", "job") == 0
     assert "_target_: search.select.Knee" in capsys.readouterr().out

@@ -15,9 +15,10 @@ from optuna.trial import TrialState
 from compressors.errors import ConfigError, Infeasible
 from search.conclude import conclude
 from search.ladder import Ladder
+from search.liveness import this_process
 from search.sampler import REMAINING
 from search.select import Bound
-from search.study import Budget, Progress, Search, run
+from search.study import Budget, Progress, Search, others_at_work, run
 from tests.studies import Gradually, make_search, quiet, refuse
 
 
@@ -338,3 +339,15 @@ def test_a_sampler_is_told_how_much_time_is_left(tmp_path: Path) -> None:
     run(search, quiet)
     assert left == sorted(left, reverse=True)
     assert 0 < left[-1] < left[0] <= 60
+
+
+def test_a_trial_of_another_live_process_is_at_work_and_one_of_a_dead_process_is_not(store: Path) -> None:
+    search = make_search(store, 2)
+    run(search, quiet)
+    assert others_at_work(search) == 0
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    host, pid, started = this_process().rsplit(":", 2)
+    study.ask().set_user_attr("owner", f"{host}:{pid}:{int(started) + 1}")
+    assert others_at_work(search) == 0
+    study.ask().set_user_attr("owner", this_process())
+    assert others_at_work(search) == 1
