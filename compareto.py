@@ -223,7 +223,7 @@ def main() -> None:
 def _result(config: DictConfig, workload: Workload | None, extra: Mapping[str, Evaluator]) -> Result:
     with ProgressView(terminal(), str(config.quality)) as view:
         job = build.build(config, view.training, workload, extra)
-        conclusion = conclude(job, run_together(config, job, view))
+        conclusion = conclude(job, run_together(job, view, config.workers))
     return Result(conclusion, job.tracker, job)
 
 

@@ -11,7 +11,6 @@ from compressors.errors import ConfigError
 from search import build
 from search.conclude import conclude, show
 from search.progress import ProgressView
-from search.study import others_at_work
 from search.workers import run_together
 
 
@@ -19,11 +18,11 @@ def search(config: DictConfig, console: Console) -> None:
     """Build, run to the budget or to Ctrl-C, choose, register, and print the front."""
     with ProgressView(console, str(config.quality)) as view:
         job = build.build(config, view.training)
-        outcome = run_together(config, job, view)
-        others = others_at_work(job) if config.worker is not None else 0
-        conclusion = None if others else conclude(job, outcome)
+        outcome = run_together(job, view, config.workers)
+        waits = config.worker is not None and outcome.others > 0
+        conclusion = None if waits else conclude(job, outcome)
     if conclusion is None:
-        console.print(f"{outcome.ended}\n{others} others are still at a trial; the last one to end chooses and draws")
+        console.print(f"{outcome.others} others are still at a trial; the last one to end chooses and draws")
     else:
         show(conclusion, console)
 

@@ -39,7 +39,8 @@ from search.select import Bound
 from search.sensitivity import guide
 from search.solver import Guide
 from search.space import build_space
-from search.study import Budget, Search, open_storage
+from search.storage import open_storage
+from search.study import Budget, Search
 from search.tracking import CONFIG_FILE, Tracker
 from search.training import TrainingProgress, trained
 from search.trial import Workbench
@@ -214,6 +215,11 @@ def recorded(text: str, config: DictConfig) -> DictConfig:
     for name in ("folder", "cache", "cache_gb", "storage", "tracking", "ladder"):
         stored[name] = config[name]
     return stored
+
+
+def from_yaml(text: str) -> DictConfig:
+    """A whole configuration, as `Search.config` has it."""
+    return cast(DictConfig, OmegaConf.create(text))
 
 
 def make(path: str, node: Any) -> Any:

@@ -3,9 +3,7 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import optuna
@@ -16,11 +14,10 @@ from rich.table import Table
 from compressors.errors import ConfigError
 from search.liveness import is_gone
 from search.sampler import REMAINING
-from search.study import STOP, Budget, counted, open_storage
+from search.storage import STOP, counted, open_storage, per_hour, state
+from search.study import Budget
 
 SQLITE = "sqlite:///"
-# The pace is that of the last hour in which anything ended.
-WINDOW_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ def status(storage: str, name: str, budget: Budget) -> Status:
     return Status(
         study=name,
         workers=tuple(map(_worker, running)),
-        states=dict(Counter(map(_state, trials))),
-        per_hour=_per_hour(done),
+        states=dict(Counter(map(state, trials))),
+        per_hour=per_hour(done),
         left_trials=None if budget.trials is None else max(0, budget.trials - len(done)),
         left_s=None if budget.minutes is None or remaining is None else max(0.0, remaining - time.time() + newest),
     )
@@ -106,32 +103,6 @@ def _worker(trial: FrozenTrial) -> Worker:
     began = trial.datetime_start.timestamp() if trial.datetime_start else time.time()
     alive = owner == "unknown" or not is_gone(owner)
     return Worker(owner, trial.number, time.time() - began, alive)
-
-
-def _state(trial: FrozenTrial) -> str:
-    told = trial.user_attrs
-    if "duplicate_of" in told:
-        return "repeated"
-    if trial.state is TrialState.PRUNED:
-        return "infeasible" if "infeasible" in told else "stopped early"
-    if trial.state is TrialState.FAIL:
-        return "failed" if {"error", "missed"} & set(told) else "given up and queued again"
-    return {TrialState.COMPLETE: "measured", TrialState.RUNNING: "running"}.get(trial.state, "waiting")
-
-
-def _per_hour(done: Sequence[FrozenTrial]) -> float | None:
-    """Trials per hour while the last of them ran."""
-    spans = [(_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in done]
-    if not spans:
-        return None
-    last = max(end for _, end in spans)
-    recent = [(begin, end) for begin, end in spans if end > last - WINDOW_S]
-    first = max(min(begin for begin, _ in recent), last - WINDOW_S)
-    return 3600 * len(recent) / max(last - first, 1e-3)
-
-
-def _seconds(moment: datetime | None) -> float:
-    return moment.timestamp() if moment else 0.0
 
 
 def _clock(seconds: float) -> str:

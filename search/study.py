@@ -4,42 +4,47 @@ import fcntl
 import json
 import math
 import os
-import sqlite3
 import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import fail_stale_trials
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
 from evaluators.divergence import LOSS
 from evaluators.measurement import Metric
 from search.ladder import Ladder
-from search.liveness import is_gone, this_process
+from search.liveness import this_process
 from search.runner import Broken, Carrier, Here, Limits, Runner
 from search.sampler import EXPECTED, MEASURED_LOSS, PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
+from search.storage import (
+    HEARTBEAT_S,
+    STOP,
+    answered,
+    at_work,
+    counted,
+    heartbeat,
+    is_dead,
+    open_storage,
+    per_hour,
+    quiet,
+    requeue,
+    spent_s,
+)
 from search.tracking import StudyRun, Tracker, refuse_another
 from search.trial import Clock, TrialRecord, Workbench
 
-HEARTBEAT_S = 20
-RETRIES = 2
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
 DUPLICATES_IN_A_ROW = 100
 FRONT_FILE = "front.json"
-STOP = "stop"
-"""User attribute of a study: whoever sees it change ends after the trial at hand."""
 # User attributes that hold for the plan, whichever trial it was measured in.
 TOLD = {MEASURED_LOSS, PREVIEW, "infeasible", "stopped"}
 
@@ -118,12 +123,13 @@ Watcher = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study has so far, read back from the tracker, and why it ended."""
+    """What a study has so far, read back from the tracker, and why it ended; `others` are still at so many trials."""
 
     study: StudyRun
     records: tuple[TrialRecord, ...]
     front: tuple[TrialRecord, ...]
     ended: str
+    others: int = 0
 
 
 INTERRUPTED = "interrupted: the same command goes on from here"
@@ -143,7 +149,7 @@ def run(search: Search, watch: Watcher) -> Outcome:
     finally:
         loop.carrier.close()
     records = tuple(search.tracker.records(loop.run))
-    return Outcome(loop.run, records, tuple(search.front(records)), ended)
+    return Outcome(loop.run, records, tuple(search.front(records)), ended, len(at_work(loop.study, search.storage)))
 
 
 class _Loop:
@@ -157,7 +163,7 @@ class _Loop:
         bench = search.workbench
         self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
         self._take(search.tracker.records(self.run))
-        self.spent_before = _spent_s(self.study)
+        self.spent_before = spent_s(self.study)
         self.began = time.perf_counter()
         self.looked_after = -math.inf
         self.duplicates = 0
@@ -208,7 +214,7 @@ class _Loop:
 
     def _ask(self) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
         """The next trial, signed; baselines and uniform plans that are still missing come before the sampler's own."""
-        known = {t.user_attrs.get("digest") for t in _answers(self.study)}
+        known = {t.user_attrs.get("digest") for t in answered(self.study)}
         space = self.search.space
         for answers in (*space.baselines(), *space.uniform(self.search.sparing)):
             if space.sample(FixedTrial(answers)).digest not in known:
@@ -216,11 +222,11 @@ class _Loop:
                 break
         minutes = self.search.budget.minutes
         self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
-        with _quiet():
+        with quiet():
             trial = self.study.ask()
         trial.set_user_attr("owner", this_process())
         plan = space.sample(trial)
-        twin = next((t for t in _answers(self.study) if t.user_attrs.get("digest") == plan.digest), None)
+        twin = next((t for t in answered(self.study) if t.user_attrs.get("digest") == plan.digest), None)
         trial.set_user_attr("digest", plan.digest)
         return trial, plan, twin
 
@@ -235,7 +241,7 @@ class _Loop:
         tracker, clock = self.search.tracker, Clock(watch=self._show)
         judge = self.search.ladder.judge(plan, self.records) if self.search.ladder else None
         run_id = tracker.start_trial(self.run, trial.number, plan)
-        with tempfile.TemporaryDirectory() as folder, _heartbeat(self.study, trial.number):
+        with tempfile.TemporaryDirectory() as folder, heartbeat(self.study, trial.number):
             try:
                 record, deployed = self.carrier.run(trial.number, plan, Path(folder), clock, judge)
                 record = tracker.finish_trial(run_id, replace(record, expected=self._expected(trial)), deployed)
@@ -310,11 +316,11 @@ class _Loop:
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
         self.looked_after = time.perf_counter()
-        with _quiet():
+        with quiet():
             fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _is_dead(trial, self.search.storage):
-                _requeue(self.study, trial.number)
+            if is_dead(trial, self.search.storage):
+                requeue(self.study, trial.number)
         running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
         for left in self.search.tracker.open_trials(self.run):
             if left.number not in running:
@@ -336,9 +342,15 @@ class _Loop:
             for m in self.search.objectives
             if on_front
         }
-        self.search.tracker.progress(
-            self.run, len(self.records), {"trials": len(self.records), "front": len(on_front), **best}
-        )
+        left = self.study.user_attrs.get(REMAINING)
+        standing = {
+            "trials": len(self.records),
+            "front": len(on_front),
+            "workers": 1 + len(at_work(self.study, self.search.storage)),
+            "trials_per_hour": per_hour(counted(self.study)) or 0.0,
+            **({} if left is None else {"left_s": left}),
+        }
+        self.search.tracker.progress(self.run, len(self.records), {**standing, **best})
 
     def _save_front(self) -> None:
         """The best so far, on disk and in the tracker: whatever happens next, this is there."""
@@ -349,13 +361,6 @@ class _Loop:
         fresh.write_text(text)
         fresh.replace(path)
         self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
-
-
-def others_at_work(search: Search) -> int:
-    """How many trials other processes, which are not known to be gone, are carrying out now."""
-    study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return sum(not _is_dead(trial, search.storage) for trial in running)
 
 
 def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]:
@@ -391,82 +396,12 @@ def _open_study(search: Search) -> optuna.Study:
     known = study.user_attrs.get("fingerprint")
     if known is None:
         study.set_user_attr("fingerprint", dict(search.fingerprint))
-        with _quiet():
+        with quiet():
             study.set_metric_names([metric.name for metric in search.objectives])
     else:
         refuse_another(search.name, known, search.fingerprint)
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
-
-
-def open_storage(url: str) -> RDBStorage:
-    """SQLite is put into write-ahead mode, so that readers never wait for a writer."""
-    try:
-        if url.startswith("sqlite:///"):
-            path = Path(url.removeprefix("sqlite:///"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with sqlite3.connect(path, timeout=30) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
-        with _quiet():
-            return RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT_S,
-                grace_period=6 * HEARTBEAT_S,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-            )
-    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            "storage.url", f"{url} cannot be opened ({reason})", "check that it is reachable and writable"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna calls heartbeats and metric names experimental, and wonders that we beat ourselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
-        yield
-
-
-def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that used up budget: finished, not answered from an earlier one, not given up by a dead worker."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [
-        t
-        for t in finished
-        if "duplicate_of" not in t.user_attrs
-        and (t.state is not TrialState.FAIL or {"error", "missed"} & set(t.user_attrs))
-    ]
-
-
-def _answers(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials whose plan need not be tried again: finished for a reason of the plan's own, or being measured now."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in (*counted(study), *running) if "missed" not in t.user_attrs]
-
-
-def _spent_s(study: optuna.Study) -> float:
-    return sum(t.duration.total_seconds() for t in counted(study) if t.duration is not None)
-
-
-def _requeue(study: optuna.Study, number: int) -> None:
-    """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
-    lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
-    lives = len(lost.system_attrs.get("retry_history", [])) + 1
-    if lives > RETRIES:
-        Trial(study, lost._trial_id).set_user_attr("error", f"its process died {lives} times")
-    study.tell(number, state=TrialState.FAIL)
-    with _quiet():
-        RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, lost)
-
-
-def _is_dead(trial: FrozenTrial, storage: str) -> bool:
-    owner = trial.user_attrs.get("owner")
-    # Asked and signed under one lock: in a file that one host owns, nobody can still be about to sign.
-    return storage.startswith("sqlite") if owner is None else is_gone(owner)
 
 
 @contextmanager
@@ -476,25 +411,3 @@ def _host_lock(search: Search) -> Iterator[None]:
     with (search.folder / f"{search.name}.lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
-    """Optuna beats only inside `study.optimize`; an ask-and-tell loop has to do it itself."""
-    storage = cast(RDBStorage, study._storage)  # there is no public way from a study to its storage
-    study_id = storage.get_study_id_from_name(study.study_name)
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT_S):
-            storage.record_heartbeat(trial_id)
-
-    storage.record_heartbeat(trial_id)
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

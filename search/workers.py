@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from compressors.errors import ConfigError
@@ -22,18 +22,18 @@ from search.study import INTERRUPTED, Outcome, Search, Watcher, run
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def run_together(config: DictConfig, search: Search, watch: Watcher) -> Outcome:
-    """Search with `workers` processes, of which this is one; comes back when all have ended.
+def run_together(search: Search, watch: Watcher, count: int) -> Outcome:
+    """Search with `count` processes, of which this is one; comes back when all have ended.
 
     The study and the uncompressed network are there by then, so that no two make them at once. The cores that this
     process may use are dealt out evenly. Ctrl-C ends all of them, and each puts its trial back into the queue.
     """
-    if config.workers == 1:
+    if count == 1:
         return run(search, watch)
     allowed = sorted(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
-    shares = [allowed[i :: config.workers] for i in range(config.workers)]
-    others = [_start(config, search, number, cores) for number, cores in enumerate(shares[1:], start=2)]
+    shares = [allowed[i::count] for i in range(count)]
+    others = [_start(search, number, cores) for number, cores in enumerate(shares[1:], start=2)]
     _confine(shares[0])
     try:
         outcome = run(search, watch)
@@ -58,14 +58,14 @@ def run_together(config: DictConfig, search: Search, watch: Watcher) -> Outcome:
 def _all_told(search: Search, outcome: Outcome) -> Outcome:
     """With what the others recorded after this one had ended."""
     records = tuple(search.tracker.records(outcome.study))
-    return Outcome(outcome.study, records, tuple(search.front(records)), outcome.ended)
+    return replace(outcome, records=records, front=tuple(search.front(records)), others=0)
 
 
-def _start(config: DictConfig, search: Search, number: int, cores: Sequence[int]) -> "subprocess.Popen[bytes]":
+def _start(search: Search, number: int, cores: Sequence[int]) -> "subprocess.Popen[bytes]":
     log = _log(search, number)
     path = log.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, path)
+    path.write_text(search.config)
     before = os.sched_getaffinity(0)
     # Of this thread alone, and inherited by the process that it starts.
     os.sched_setaffinity(0, cores)
@@ -102,8 +102,7 @@ def _log(search: Search, number: int) -> Path:
 
 def main(path: str) -> int:
     """Carry out trials until the budget is spent; the exit code."""
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)  # noqa: S101  it was saved as one
+    config = build.from_yaml(Path(path).read_text())
     try:
         with ProgressView(Console(width=130), str(config.quality)) as view:
             run(build.build(config, view.training), view)

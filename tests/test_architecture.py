@@ -14,7 +14,7 @@ SOURCES = sorted(path for folder in ("compressors", "evaluators", "search") for 
 HOMES = {
     "hydra": {"search/__main__.py", "search/build.py"},
     "omegaconf": {"search/__main__.py", "search/build.py"},
-    "optuna": {"search/space.py", "search/study.py", "search/sampler.py"},
+    "optuna": {f"search/{name}.py" for name in ("space", "study", "sampler", "storage", "status")},
     "mlflow": {"search/tracking.py"},
     "onnxruntime": {"evaluators/onnxruntime.py"},
     "openvino": {"evaluators/openvino.py"},

@@ -236,8 +236,7 @@ def test_of_a_sweep_the_last_worker_concludes(
     others: int, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     concluded: list[object] = []
-    monkeypatch.setattr("search.workers.run", lambda *_: SimpleNamespace(ended="budget spent"))
-    monkeypatch.setattr("search.__main__.others_at_work", lambda _search: others)
+    monkeypatch.setattr("search.workers.run", lambda *_: SimpleNamespace(others=others))
     monkeypatch.setattr("search.__main__.conclude", lambda *_: concluded.append(1) or concluded)  # type: ignore[func-returns-value]
     monkeypatch.setattr("search.__main__.show", lambda _conclusion, console: console.print("the front"))
     assert command("search", "model.checkpoint=fits.safetensors", "worker=1") == 0

@@ -18,7 +18,8 @@ from search.ladder import Ladder
 from search.liveness import this_process
 from search.sampler import REMAINING
 from search.select import Bound
-from search.study import Budget, Progress, Search, others_at_work, run
+from search.storage import at_work
+from search.study import Budget, Progress, Search, run
 from tests.studies import Gradually, make_search, quiet, refuse
 
 
@@ -157,7 +158,7 @@ def test_work_recorded_by_a_process_that_died_before_telling_is_not_done_again(
         patch.setattr(module._Loop, "_tell", dies)
         run(make_search(store, 2), quiet)
     assert optuna_trials(store)[0].state is TrialState.RUNNING
-    monkeypatch.setattr(module, "_is_dead", lambda *_: True)
+    monkeypatch.setattr(module, "is_dead", lambda *_: True)
     deployed: list[int] = []
     outcome = run(make_search(store, 2, deployed.append), quiet)
     assert len(outcome.records) == 2
@@ -342,12 +343,10 @@ def test_a_sampler_is_told_how_much_time_is_left(tmp_path: Path) -> None:
 
 
 def test_a_trial_of_another_live_process_is_at_work_and_one_of_a_dead_process_is_not(store: Path) -> None:
-    search = make_search(store, 2)
-    run(search, quiet)
-    assert others_at_work(search) == 0
+    assert run(make_search(store, 2), quiet).others == 0
     study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
     host, pid, started = this_process().rsplit(":", 2)
     study.ask().set_user_attr("owner", f"{host}:{pid}:{int(started) + 1}")
-    assert others_at_work(search) == 0
+    assert at_work(study, f"sqlite:///{store}/optuna.db") == []
     study.ask().set_user_attr("owner", this_process())
-    assert others_at_work(search) == 1
+    assert run(make_search(store, 2), quiet).others == 1

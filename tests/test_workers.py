@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 import compareto
 from compressors.errors import ConfigError
@@ -18,7 +18,6 @@ from search.build import compose
 from search.study import INTERRUPTED, Outcome, Search
 from tests.studies import make_search, quiet
 
-TWO = OmegaConf.create({"workers": 2})
 WAIT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -37,9 +36,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Begun]
     begun: Begun = []
 
     def instead(code: str) -> Begun:
-        def start(
-            _config: DictConfig, _search: Search, _number: int, cores: Sequence[int]
-        ) -> "subprocess.Popen[bytes]":
+        def start(_search: Search, _number: int, cores: Sequence[int]) -> "subprocess.Popen[bytes]":
             begun.append((cores, subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)))
             return begun[-1][1]
 
@@ -60,7 +57,7 @@ def test_cores_are_dealt_out_and_given_back(store: Path, stand_in: Callable[[str
     def watch(_progress: object) -> None:
         seen.append((os.sched_getaffinity(0), torch.get_num_threads()))
 
-    outcome = workers.run_together(TWO, make_search(store, 2), watch)
+    outcome = workers.run_together(make_search(store, 2), watch, 2)
     assert len(outcome.records) == 2
     (cores, _) = begun[0]
     own, own_threads = seen[0]
@@ -72,14 +69,14 @@ def test_cores_are_dealt_out_and_given_back(store: Path, stand_in: Callable[[str
 
 def test_one_worker_starts_nobody(store: Path, stand_in: Callable[[str], Begun]) -> None:
     begun = stand_in("")
-    assert len(workers.run_together(OmegaConf.create({"workers": 1}), make_search(store, 2), quiet).records) == 2
+    assert len(workers.run_together(make_search(store, 2), quiet, 1).records) == 2
     assert begun == []
 
 
 def test_a_worker_that_breaks_is_said_with_its_log(store: Path, stand_in: Callable[[str], Begun]) -> None:
     stand_in("raise SystemExit(3)")
     with pytest.raises(ConfigError, match=r"number 2 ended with code 3; see .*worker-2\.log"):
-        workers.run_together(TWO, make_search(store, 2), quiet)
+        workers.run_together(make_search(store, 2), quiet, 2)
 
 
 def test_ctrl_c_ends_all_of_them(
@@ -95,7 +92,7 @@ def test_ctrl_c_ends_all_of_them(
         return Outcome(study, (), (), INTERRUPTED)
 
     monkeypatch.setattr(workers, "run", interrupted)
-    assert workers.run_together(TWO, make_search(store, 2), quiet).ended == INTERRUPTED
+    assert workers.run_together(make_search(store, 2), quiet, 2).ended == INTERRUPTED
     assert begun[0][1].poll() == 130
 
 
@@ -112,7 +109,7 @@ def test_a_break_here_ends_the_others(
 
     monkeypatch.setattr(workers, "run", broken)
     with pytest.raises(OSError, match="disk full"):
-        workers.run_together(TWO, make_search(store, 2), quiet)
+        workers.run_together(make_search(store, 2), quiet, 2)
     assert begun[0][1].poll() == 0
 
 
@@ -124,6 +121,6 @@ def test_other_processes_do_not_have_a_model_from_python() -> None:
 
 def test_a_worker_without_a_usable_configuration_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = compose([f"folder={tmp_path}", f"cache={tmp_path}/cache", "budget.minutes=null"])
-    OmegaConf.save(config, tmp_path / "worker.yaml")
+    (tmp_path / "worker.yaml").write_text(OmegaConf.to_yaml(config))
     assert workers.main(str(tmp_path / "worker.yaml")) == 2
     assert "has neither trials nor minutes" in capsys.readouterr().out
