@@ -32,7 +32,7 @@ from search.progress import ProgressView
 from search.reproduce import Reproduction
 from search.reproduce import reproduce as rebuild
 from search.status import Status
-from search.study import Budget, Search
+from search.study import Search
 from search.tracking import CONFIG_FILE, Tracker
 from search.trial import TrialRecord
 from search.workers import run_together
@@ -176,14 +176,12 @@ def reproduce(*overrides: str) -> Reproduction:
 
 def status(*overrides: str) -> Status:
     """What the workers of a study are doing, `status("study=NAME")`; it can be asked from any host of the storage."""
-    config = build.compose(overrides)
-    return standing.status(str(config.storage.url), str(config.study), Budget(**config.budget))
+    return standing.status(*build.storage_of(overrides))
 
 
 def stop(*overrides: str) -> int:
     """Have every worker of a study end after the trial that it is at; how many are at one."""
-    config = build.compose(overrides)
-    return standing.stop(str(config.storage.url), str(config.study))
+    return standing.stop(*build.storage_of(overrides))
 
 
 def ui(*overrides: str) -> None:

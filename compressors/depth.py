@@ -85,23 +85,38 @@ def _blocks(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, tuple[st
             layers = _adding(scratch.get_submodule(name), shown[name])
             if layers is not None:
                 found[name] = tuple(f"{name}.{layer}".rstrip(".") for layer in layers)
-    return {name: found[name] for name in shown if name in found}
+    return {name: found[name] for name in shown if name in found and _runs_without(scratch, name, example)}
+
+
+def _runs_without(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> bool:
+    """Some models look into their blocks, or give them more than they say."""
+    without = copy.deepcopy(model)
+    without.set_submodule(name, nn.Identity())
+    try:
+        with torch.no_grad():
+            without(*example)
+    except Exception:  # noqa: BLE001  whatever a model does with what is no longer there
+        return False
+    return True
 
 
 def _shown(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Modules that hold weighted layers, are called once and keep the shape -> their one input, in order of the end."""
+    """Modules with weighted layers that are called once and keep the shape -> their one input, in order of the end."""
     shown: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
-    def look(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def look(name: str, inputs: tuple[Tensor, ...], named: Mapping[str, object], output: Tensor) -> None:
         calls[name] += 1
-        tensors = len(inputs) == 1 and all(isinstance(x, Tensor) and x.is_floating_point() for x in (*inputs, output))
-        if tensors and inputs[0].shape == output.shape:
+        alone = len(inputs) == 1 and not named
+        tensors = all(isinstance(x, Tensor) and x.is_floating_point() for x in (*inputs, output))
+        if alone and tensors and inputs[0].shape == output.shape:
             # A copy, because what comes next may work in place.
             shown[name] = inputs[0].clone()
 
     handles = [
-        module.register_forward_hook(lambda _module, inputs, output, name=name: look(name, inputs, output))
+        module.register_forward_hook(
+            lambda _module, inputs, named, output, name=name: look(name, inputs, named, output), with_kwargs=True
+        )
         for name, module in model.named_modules()
         if type(module) not in KINDS and any(type(inner) in KINDS for inner in module.modules())
     ]

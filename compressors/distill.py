@@ -222,11 +222,16 @@ def _training(model: nn.Module) -> Iterator[None]:
     Inside, channels come last in memory: convolutions and their gradients are faster so.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.train().requires_grad_(True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = [p for p in model.parameters() if p.dim() == 4]
     try:
+        model.train().requires_grad_(True)
+        for parameter in images:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.eval()
+        for parameter in images:
+            parameter.data = parameter.data.contiguous()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

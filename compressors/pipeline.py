@@ -232,10 +232,12 @@ class _Run:
             return recalled
         structure, recovery = self.of_stage(Stage.STRUCTURE), self.of_stage(Stage.RECOVER)
         model, achieved = self._cut(original, structure, ())
+        way = list(self._way(structure, recovery))
+        passed, recovered = self._furthest(way, model)
         between = self._between(structure, recovery)
-        if between and not self._furthest(list(self._way(structure, recovery)), model)[0]:
+        if between and not passed:
             model, achieved = self._cut(original, structure, between)
-        achieved.update(self._recover(model, structure, recovery))
+        achieved.update(self._train(model, way[passed:], recovered))
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
@@ -249,7 +251,9 @@ class _Run:
         for position, step in enumerate(structure, start=1):
             achieved[step.method] = self._apply(model, step).achieved
             if self._removes(step) and position < len(structure):
-                self._recover(model, structure[:position], between)
+                way = list(self._way(structure[:position], between))
+                passed, recovered = self._furthest(way, model)
+                self._train(model, way[passed:], recovered)
         return model, achieved
 
     def _between(self, structure: Sequence[Step], recovery: Sequence[Step]) -> tuple[Step, ...]:
@@ -282,11 +286,9 @@ class _Run:
             if any(given.tensors() for given in numbers.values()):
                 yield owner, Applied({owner: applied.achieved[owner]}, numbers)
 
-    def _recover(self, model: nn.Module, structure: Sequence[Step], recovery: Sequence[Step]) -> dict[str, Achieved]:
-        """Train on from the furthest point that is stored; what each method achieved."""
-        way = list(self._way(structure, recovery))
-        passed, achieved = self._furthest(way, model)
-        for leg in way[passed:]:
+    def _train(self, model: nn.Module, legs: Sequence[_Leg], achieved: dict[str, Achieved]) -> dict[str, Achieved]:
+        """Leg by leg, each stored as it ends; what each method achieved, those of earlier legs included."""
+        for leg in legs:
             achieved[leg.step.method] = self._advance(model, leg).achieved
             self.store.save(leg.prefix, model, achieved)
         return achieved

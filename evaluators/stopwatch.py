@@ -9,6 +9,7 @@ import json
 import math
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -123,8 +124,6 @@ def _start(core: str, threads: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
-        # Ctrl-C is for the search; this process ends when its pipe closes.
-        start_new_session=True,
     )
 
 
@@ -140,6 +139,8 @@ def _describe(deployed: Deployed) -> dict[str, str]:
 
 def _serve() -> None:
     """Answer questions until the pipe closes; whatever the runtimes print goes to stderr."""
+    # Ctrl-C is for the search.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _pin(int(sys.argv[1]), int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -56,6 +56,8 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "cache_gb": ((int, float), "give a number of gigabytes"),
     "workers": ((int,), "give a whole number"),
     "limits": ((dict, None), "set limits.minutes or limits.memory_gb, or limits=null"),
+    "limits.minutes": ((int, float, None), "give a number or null"),
+    "limits.memory_gb": ((int, float, None), "give a number of gigabytes or null"),
     "worker": ((int, None), "give a whole number or null"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
@@ -202,6 +204,13 @@ def selection(overrides: Sequence[str]) -> Selection:
     )
 
 
+def storage_of(overrides: Sequence[str]) -> tuple[str, str]:
+    """The storage's URL and the study's name, of a configuration that makes sense."""
+    config = compose(overrides)
+    _check(config)
+    return str(config.storage.url), str(config.study)
+
+
 def open_tracker(config: DictConfig) -> Tracker:
     """The store of the studies, known to answer."""
     tracker: Tracker = make("tracking", config.tracking)
@@ -212,7 +221,7 @@ def open_tracker(config: DictConfig) -> Tracker:
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
     stored = cast(DictConfig, OmegaConf.create(text))
-    for name in ("folder", "cache", "cache_gb", "storage", "tracking", "ladder"):
+    for name in ("folder", "cache", "cache_gb", "storage", "tracking", "ladder", "workers", "worker", "limits"):
         stored[name] = config[name]
     return stored
 
@@ -220,6 +229,13 @@ def recorded(text: str, config: DictConfig) -> DictConfig:
 def from_yaml(text: str) -> DictConfig:
     """A whole configuration, as `Search.config` has it."""
     return cast(DictConfig, OmegaConf.create(text))
+
+
+def for_worker(text: str) -> str:
+    """The configuration of one of several processes: it starts none itself."""
+    config = from_yaml(text)
+    config.workers = 1
+    return OmegaConf.to_yaml(config)
 
 
 def make(path: str, node: Any) -> Any:
@@ -260,8 +276,8 @@ def _limits(config: DictConfig) -> Limits | None:
     """Without a bound of its own, a trial may take most of the machine's memory, but not bring it to a halt."""
     if config.limits is None:
         return None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return Limits(config.limits.minutes, config.limits.memory_gb or MEMORY_SHARE * memory)
+    memory, own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, config.limits.memory_gb
+    return Limits(config.limits.minutes, MEMORY_SHARE * memory if own is None else own)
 
 
 def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:

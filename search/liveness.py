@@ -1,8 +1,12 @@
 """Which process works on a trial, and whether it is still there; knows nothing of trials."""
 
+import ctypes
 import os
 import socket
+import sys
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
 
 
 def this_process() -> str:
@@ -19,6 +23,14 @@ def is_gone(process: str) -> bool:
 def _started(pid: int) -> str:
     """When a process started, in kernel ticks, so that a reused number is not taken for it; empty if it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return ""
+    # A zombie has ended, and only waits for its parent to hear of it.
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def signal_when_parent_ends(number: int) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that comes; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -27,6 +27,7 @@ from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.plan import CompressionPlan, Target
 from evaluators.runtime import Deployed
 from search.cache import Cache
+from search.liveness import signal_when_parent_ends
 from search.trial import Clock, Judge, TrialRecord, Workbench
 
 # How often limits are looked at, and how much of a dead process's last words is kept.
@@ -113,10 +114,9 @@ class Runner:
         try:
             child.send((number, plan, folder, judge))
             record, deployed = child.answer(clock, self.limits)
-        except Infeasible:
-            raise
         except BaseException:
-            self.close()
+            if not child.answered:
+                self.close()
             raise
         if deployed is not None:
             runtime = self.bench.runtimes[plan.target.runtime]
@@ -163,6 +163,7 @@ class _Child:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
+        self.answered = True
 
     def send(self, message: object) -> None:
         """Our own objects, to our own process, over a socket that no other one has."""
@@ -171,6 +172,7 @@ class _Child:
         except Exception as error:
             problem = f"cannot be kept: model, data or metric do not go to another process ({error})"
             raise ConfigError("limits", problem, "define them in a module, or set limits=null") from error
+        self.answered = False
         try:
             self._connection.send_bytes(data)
         except (BrokenPipeError, ConnectionResetError):
@@ -187,8 +189,10 @@ class _Child:
                         clock.phase = content.partition(":")[0]
                         clock.watch(content)
                     elif kind == "done":
+                        self.answered = True
                         return content
                     else:
+                        self.answered = True
                         raise (Infeasible if kind == "infeasible" else Broken)(*content)
             except (EOFError, ConnectionResetError):
                 raise self._died(clock.phase) from None
@@ -213,7 +217,10 @@ class _Child:
                 raise Broken(stage, reason, self._said())
 
     def _died(self, stage: str) -> Broken:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return Broken(stage, "its process closed its end and did not end", self._said())
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return Broken(stage, f"its process died: {how}", self._said())
 
@@ -266,6 +273,7 @@ def _bare(outcome: tuple[TrialRecord, Deployed | None]) -> tuple[TrialRecord, De
 def main(descriptor: int) -> None:
     """Serve until the other end closes."""
     faulthandler.enable()
+    signal_when_parent_ends(signal.SIGKILL)
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionResetError, BrokenPipeError):
         _serve(connection)
 

@@ -14,8 +14,7 @@ from rich.table import Table
 from compressors.errors import ConfigError
 from search.liveness import is_gone
 from search.sampler import REMAINING
-from search.storage import STOP, counted, open_storage, per_hour, state
-from search.study import Budget
+from search.storage import BUDGET, STOP, at_work, counted, open_storage, per_hour, spent_s, state
 
 SQLITE = "sqlite:///"
 
@@ -42,21 +41,20 @@ class Status:
     left_s: float | None
 
 
-def status(storage: str, name: str, budget: Budget) -> Status:
-    """Read it; `ConfigError` when the storage has no study of that name."""
+def status(storage: str, name: str) -> Status:
+    """Read it, against the budget of the worker that came last; `ConfigError` when there is no study of that name."""
     study = _study(storage, name)
     trials = study.get_trials(deepcopy=False)
     running = [t for t in trials if t.state is TrialState.RUNNING]
     done = counted(study)
-    remaining = study.user_attrs.get(REMAINING)
-    newest = max((t.datetime_start.timestamp() for t in trials if t.datetime_start), default=time.time())
+    budget = study.user_attrs.get(BUDGET, {})
     return Status(
         study=name,
         workers=tuple(map(_worker, running)),
         states=dict(Counter(map(state, trials))),
         per_hour=per_hour(done),
-        left_trials=None if budget.trials is None else max(0, budget.trials - len(done)),
-        left_s=None if budget.minutes is None or remaining is None else max(0.0, remaining - time.time() + newest),
+        left_trials=None if budget.get("trials") is None else max(0, budget["trials"] - len(done)),
+        left_s=None if budget.get("minutes") is None else _left_s(study, 60 * budget["minutes"], storage),
     )
 
 
@@ -64,7 +62,7 @@ def stop(storage: str, name: str) -> int:
     """Have every worker end after its running trial; how many are at work."""
     study = _study(storage, name)
     study.set_user_attr(STOP, uuid.uuid4().hex)
-    return len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+    return len(at_work(study, storage))
 
 
 def show(found: Status, console: Console) -> None:
@@ -96,6 +94,15 @@ def _study(storage: str, name: str) -> optuna.Study:
         return optuna.load_study(study_name=name, storage=open_storage(storage))
     except KeyError:
         raise ConfigError("study", problem, remedy) from None
+
+
+def _left_s(study: optuna.Study, whole_s: float, storage: str) -> float:
+    """While workers are at it, what there was at the newest start less the time since."""
+    active = at_work(study, storage)
+    if not active or study.user_attrs.get(REMAINING) is None:
+        return max(0.0, whole_s - spent_s(study))
+    since = time.time() - max(t.datetime_start.timestamp() for t in active if t.datetime_start)
+    return max(0.0, float(study.user_attrs[REMAINING]) - since)
 
 
 def _worker(trial: FrozenTrial) -> Worker:

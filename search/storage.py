@@ -20,6 +20,8 @@ from search.liveness import is_gone
 HEARTBEAT_S = 20
 RETRIES = 2
 WINDOW_S = 3600.0
+BUDGET = "budget"
+"""User attribute of a study: trials and minutes, as the worker that came last has them."""
 STOP = "stop"
 """User attribute of a study: whoever sees it change ends after the trial at hand."""
 
@@ -74,8 +76,12 @@ def answered(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def spent_s(study: optuna.Study) -> float:
-    """Seconds of work behind the trials that count."""
-    return sum(t.duration.total_seconds() for t in counted(study) if t.duration is not None)
+    """Seconds in which at least one of the trials that count was under way."""
+    spent, until = 0.0, 0.0
+    for begin, end in sorted((_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in counted(study)):
+        spent += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return spent
 
 
 def requeue(study: optuna.Study, number: int) -> None:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -26,6 +26,7 @@ from search.sampler import EXPECTED, MEASURED_LOSS, PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
 from search.space import SearchSpace
 from search.storage import (
+    BUDGET,
     HEARTBEAT_S,
     STOP,
     answered,
@@ -168,6 +169,7 @@ class _Loop:
         self.looked_after = -math.inf
         self.duplicates = 0
         self.stop = self.study.user_attrs.get(STOP)
+        self.study.set_user_attr(BUDGET, asdict(search.budget))
         clock = Clock(watch=self._show)
         try:
             self.carrier: Carrier = (
@@ -178,6 +180,10 @@ class _Loop:
         except Infeasible as infeasible:
             remedy = "choose another runtime=[...] or another model"
             raise ConfigError("model", f"cannot be deployed as it is: {infeasible.reason}", remedy) from infeasible
+        except Broken as broken:
+            said = (broken.details.strip() or broken.reason).splitlines()[-1]
+            problem = f"cannot be kept: the trials' process did not get ready ({said})"
+            raise ConfigError("limits", problem, "mend that, or set limits=null") from broken
 
     def until_spent(self) -> str:
         """Trial after trial; says why it stopped."""

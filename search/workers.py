@@ -16,6 +16,7 @@ from rich.console import Console
 
 from compressors.errors import ConfigError
 from search import build
+from search.liveness import signal_when_parent_ends
 from search.progress import ProgressView
 from search.study import INTERRUPTED, Outcome, Search, Watcher, run
 
@@ -25,47 +26,50 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def run_together(search: Search, watch: Watcher, count: int) -> Outcome:
     """Search with `count` processes, of which this is one; comes back when all have ended.
 
-    The study and the uncompressed network are there by then, so that no two make them at once. The cores that this
-    process may use are dealt out evenly. Ctrl-C ends all of them, and each puts its trial back into the queue.
+    The uncompressed network is there by then, so that no two train it at once. The cores that this process may use are
+    dealt out evenly. Ctrl-C ends all of them, and each puts its trial back into the queue.
     """
     if count == 1:
         return run(search, watch)
     allowed = sorted(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
     shares = [allowed[i::count] for i in range(count)]
-    others = [_start(search, number, cores) for number, cores in enumerate(shares[1:], start=2)]
-    _confine(shares[0])
+    others: list[subprocess.Popen[bytes]] = []
     try:
-        outcome = run(search, watch)
-        if outcome.ended == INTERRUPTED:
-            _interrupt(others)
-        codes = [process.wait() for process in others]
-    except BaseException:
-        _interrupt(others)
-        raise
+        for number, cores in enumerate(shares[1:], start=2):
+            others.append(_start(search, number, cores))
+        _confine(shares[0])
+        outcome = _with_the_others(search, run(search, watch), others)
     finally:
+        _end(others)
         os.sched_setaffinity(0, allowed)
         torch.set_num_threads(threads)
-    for number, code in enumerate(codes, start=2):
-        if code != 0 and outcome.ended != INTERRUPTED:
-            log = _log(search, number)
-            raise ConfigError(
-                "workers", f"number {number} ended with code {code}", f"see {log}; the same command goes on"
-            )
-    return _all_told(search, outcome)
+    return outcome
 
 
-def _all_told(search: Search, outcome: Outcome) -> Outcome:
-    """With what the others recorded after this one had ended."""
-    records = tuple(search.tracker.records(outcome.study))
-    return replace(outcome, records=records, front=tuple(search.front(records)), others=0)
+def _with_the_others(search: Search, own: Outcome, others: "Sequence[subprocess.Popen[bytes]]") -> Outcome:
+    """Once they have ended, with what they recorded; one that broke is told of, and costs no more than its trial."""
+    ended = own.ended
+    try:
+        if ended == INTERRUPTED:
+            _end(others)
+        codes = [process.wait() for process in others]
+    except KeyboardInterrupt:
+        _end(others)
+        ended = INTERRUPTED
+    if ended != INTERRUPTED:
+        for number, code in enumerate(codes, start=2):
+            ended += f"; worker {number} ended with code {code}, see {_log(search, number)}" if code else ""
+    records = tuple(search.tracker.records(own.study))
+    return replace(own, records=records, front=tuple(search.front(records)), ended=ended, others=0)
 
 
 def _start(search: Search, number: int, cores: Sequence[int]) -> "subprocess.Popen[bytes]":
     log = _log(search, number)
     path = log.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(search.config)
+    path.write_text(build.for_worker(search.config))
+    threads = dict.fromkeys(THREADS, str(len(cores)))
     before = os.sched_getaffinity(0)
     # Of this thread alone, and inherited by the process that it starts.
     os.sched_setaffinity(0, cores)
@@ -73,10 +77,11 @@ def _start(search: Search, number: int, cores: Sequence[int]) -> "subprocess.Pop
         with log.open("a") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", "search.workers", str(path)],
-                env={**os.environ, **dict.fromkeys(THREADS, str(len(cores)))},
+                # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
+                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C of the terminal reaches the first process alone, which hands it on once.
+                # Ctrl-C of the terminal reaches the first process alone, which ends the others.
                 start_new_session=True,
             )
     finally:
@@ -88,10 +93,11 @@ def _confine(cores: Sequence[int]) -> None:
     torch.set_num_threads(len(cores))
 
 
-def _interrupt(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+def _end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Each puts its trial back into the queue first."""
     for process in processes:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
     for process in processes:
         process.wait()
 
@@ -101,7 +107,9 @@ def _log(search: Search, number: int) -> Path:
 
 
 def main(path: str) -> int:
-    """Carry out trials until the budget is spent; the exit code."""
+    """Carry out trials until the budget is spent; the exit code. Ends as by Ctrl-C when the first process does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal_when_parent_ends(signal.SIGTERM)
     config = build.from_yaml(Path(path).read_text())
     try:
         with ProgressView(Console(width=130), str(config.quality)) as view:
@@ -109,6 +117,8 @@ def main(path: str) -> int:
     except ConfigError as error:
         print(f"compareto: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -107,3 +107,28 @@ def test_layers_of_a_block_that_is_out_are_gone() -> None:
     assert kept.loss == 0
     assert not kept.outputs
     assert gone.outputs == {"forked.first": 0.0, "forked.left": 0.0, "forked.right": 0.0}
+
+
+class Curious(nn.Module):
+    """Calls one block with a keyword, looks into another one, and leaves the third one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.named, self.known, self.free = nn.Conv2d(3, 16, 3, padding=1), Named(), Block(), Block()
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.named(F.relu(self.stem(x)), scale=1.0)
+        assert isinstance(self.known.a[0], nn.Conv2d)
+        return self.head(self.free(self.known(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Named(Block):
+    """Takes a keyword."""
+
+    def forward(self, x: Tensor, scale: float = 0.0) -> Tensor:
+        return F.relu(x + scale * self.b(self.a(x)))
+
+
+def test_a_block_without_which_the_model_does_not_run_is_not_offered() -> None:
+    assert list(Depth().groups(Curious().eval(), (images(),))) == ["free"]

@@ -352,3 +352,12 @@ def test_a_parent_that_cannot_be_trained_is_refused_beforehand(wrong: dict[str, 
 def test_the_parent_is_trained_as_it_is_told() -> None:
     assert Distill(0.0, 0.1, 1.0, 8, 2).between() is None
     assert Distill(0.0, 0.1, 1.0, 8, 2, parent=GOOD).between() == Step("distill", {}, GOOD)
+
+
+def test_other_than_flat_images_can_be_learned_from() -> None:
+    """Channels come last in memory where there are pictures; a volume has no such order."""
+    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 8, 3)).eval()
+    batch = ((torch.randn(6, 1, 4, 4, 4),), None)
+    context = Context(model, batch[0], lambda: [batch], lambda: [batch], None)
+    Distill(0.0, 0.1, 1.0, epoch_examples=8, first_round=2).apply(model, Step("distill", {}, GOOD), context, 0)
+    assert all(p.is_contiguous() for p in model.parameters())

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 from search.liveness import is_gone, this_process
 
@@ -29,3 +31,33 @@ def test_a_process_of_another_host_counts_as_alive() -> None:
 
 def test_a_host_may_have_colons_in_its_name() -> None:
     assert not is_gone("fe80::1:1:1")
+
+
+def test_a_process_that_ended_unheard_is_gone() -> None:
+    code = "from search.liveness import this_process; print(this_process(), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        process.stdout.read()
+        for _ in range(100):
+            if is_gone(name):
+                break
+            time.sleep(0.05)
+        assert process.returncode is None, "nobody has waited for it"
+        assert is_gone(name)
+
+
+def test_a_process_can_follow_its_parent() -> None:
+    inner = "import signal, time; from search.liveness import signal_when_parent_ends as s; s(signal.SIGKILL); "
+    inner += "print('ready', flush=True); time.sleep(60)"
+    outer = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {inner!r}], stdout=subprocess.PIPE); "
+    outer += "p.stdout.readline(); print(p.pid, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", outer], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it outlived its parent")

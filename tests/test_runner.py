@@ -85,7 +85,9 @@ def test_a_crash_is_told_with_its_signal_and_the_next_trial_runs(runner: Runner,
 
 
 def test_an_exception_keeps_its_traceback_and_the_process(runner: Runner, tmp_path: Path) -> None:
+    child = runner._ready(Clock())
     stage, reason, details = carried(runner, 3, tmp_path)
+    assert runner._child is child
     assert (stage, reason) == ("deploy", "RuntimeError: kernel panic")
     assert 'raise RuntimeError("kernel panic")' in details
 
@@ -130,6 +132,14 @@ def test_a_model_that_cannot_be_deployed_at_all_is_known_at_once(tmp_path: Path)
 
     with pytest.raises(Infeasible, match="no operator for it"):
         Runner(bench(tmp_path, never), FAKE, Clock(), Limits())
+
+
+def test_a_process_that_dies_before_the_first_trial_is_told_of(tmp_path: Path) -> None:
+    def die(_count: int) -> None:
+        os._exit(7)
+
+    with pytest.raises(ConfigError, match=r"limits: cannot be kept: .* did not get ready .*exit code 7"):
+        run(make_search(tmp_path, 1, die, limits=Limits()), quiet)
 
 
 def test_what_cannot_be_sent_is_one_line(tmp_path: Path) -> None:

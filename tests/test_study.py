@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from search.ladder import Ladder
 from search.liveness import this_process
 from search.sampler import REMAINING
 from search.select import Bound
-from search.storage import at_work
+from search.storage import at_work, spent_s
 from search.study import Budget, Progress, Search, run
 from tests.studies import Gradually, make_search, quiet, refuse
 
@@ -350,3 +351,15 @@ def test_a_trial_of_another_live_process_is_at_work_and_one_of_a_dead_process_is
     assert at_work(study, f"sqlite:///{store}/optuna.db") == []
     study.ask().set_user_attr("owner", this_process())
     assert run(make_search(store, 2), quiet).others == 1
+
+
+def test_time_in_which_several_workers_were_at_it_counts_once(store: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{store}/spent.db")
+    began = datetime(2026, 1, 1)
+    for first, last in ((0, 10), (5, 12), (6, 8), (20, 21)):
+        moments = {"datetime_start": timedelta(seconds=first), "datetime_complete": timedelta(seconds=last)}
+        trial = optuna.trial.create_trial(value=0.0)
+        for name, since in moments.items():
+            setattr(trial, name, began + since)
+        study.add_trial(trial)
+    assert spent_s(study) == pytest.approx(13)

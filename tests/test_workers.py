@@ -1,6 +1,7 @@
 """Cores are dealt out, all processes come to an end together, and what went wrong in one is said."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,13 @@ from omegaconf import OmegaConf
 import compareto
 from compressors.errors import ConfigError
 from search import workers
-from search.build import compose
+from search.build import compose, for_worker, from_yaml
 from search.study import INTERRUPTED, Outcome, Search
 from tests.studies import make_search, quiet
 
 WAIT = """
 import signal, sys, time
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -73,10 +74,19 @@ def test_one_worker_starts_nobody(store: Path, stand_in: Callable[[str], Begun])
     assert begun == []
 
 
-def test_a_worker_that_breaks_is_said_with_its_log(store: Path, stand_in: Callable[[str], Begun]) -> None:
+def test_a_worker_that_breaks_is_said_with_its_log_and_costs_nothing_else(
+    store: Path, stand_in: Callable[[str], Begun]
+) -> None:
     stand_in("raise SystemExit(3)")
-    with pytest.raises(ConfigError, match=r"number 2 ended with code 3; see .*worker-2\.log"):
-        workers.run_together(make_search(store, 2), quiet, 2)
+    outcome = workers.run_together(make_search(store, 2), quiet, 2)
+    assert len(outcome.records) == 2
+    assert re.search(r"budget spent.*; worker 2 ended with code 3, see .*worker-2\.log", outcome.ended)
+
+
+def test_a_worker_starts_no_others_and_may_have_fewer_cores_than_there_are_workers() -> None:
+    text = OmegaConf.to_yaml(compose(["workers=2", "budget.minutes=1"]))
+    assert from_yaml(for_worker(text)).workers == 1
+    assert from_yaml(for_worker(text)).budget == from_yaml(text).budget
 
 
 def test_ctrl_c_ends_all_of_them(
