@@ -116,8 +116,17 @@ def test_too_much_memory_ends_it(tmp_path: Path) -> None:
     runner.close()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Whatever is started in the background inherits that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_takes_the_process_along(tmp_path: Path) -> None:
-    runner = Runner(bench(tmp_path), FAKE, Clock(), Limits())
+    runner = Runner(bench(tmp_path), FAKE, Clock(), Limits(minutes=0.5))
     child = runner._child
     assert child is not None
     threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
