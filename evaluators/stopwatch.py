@@ -115,15 +115,18 @@ class Stopwatch:
         return answer
 
 
+def own_environment() -> dict[str, str]:
+    """For another Python: the packages may be on this one's path only (a checkout, not an installation)."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def _start(core: str, threads: str) -> "subprocess.Popen[str]":
-    # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
         [sys.executable, "-m", "evaluators.stopwatch", core, threads],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=own_environment(),
     )
 
 

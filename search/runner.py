@@ -26,6 +26,7 @@ import torch
 from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.plan import CompressionPlan, Target
 from evaluators.runtime import Deployed
+from evaluators.stopwatch import own_environment
 from search.cache import Cache
 from search.liveness import signal_when_parent_ends
 from search.trial import Clock, Judge, TrialRecord, Workbench
@@ -113,15 +114,12 @@ class Runner:
         child = self._ready(clock)
         try:
             child.send((number, plan, folder, judge))
-            record, deployed = child.answer(clock, self.limits)
+            record, made = child.answer(clock, self.limits)
         except BaseException:
             if not child.answered:
                 self.close()
             raise
-        if deployed is not None:
-            runtime = self.bench.runtimes[plan.target.runtime]
-            deployed = Deployed(runtime, folder, deployed.precision, deployed.inputs)
-        return record, deployed
+        return record, made and Deployed(self.bench.runtimes[plan.target.runtime], folder, *made)
 
     def close(self) -> None:
         """End the child and all that it started."""
@@ -149,8 +147,6 @@ class _Child:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
-        # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "search.runner", str(theirs.fileno())],
@@ -158,7 +154,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=self._words,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=own_environment(),
                 # Ctrl-C is for the search, which ends this process and all that it started as one group.
                 start_new_session=True,
             )
@@ -257,17 +253,16 @@ def _serve(connection: Connection) -> None:
     watched(lambda clock: carriers.append(Here(bench, reference, clock)))
     while carriers:
         number, plan, folder, judge = _receive(connection)
-        watched(lambda clock: _bare(carriers[0].run(number, plan, folder, clock, judge)))  # noqa: B023  run at once
+        watched(lambda clock: _told(*carriers[0].run(number, plan, folder, clock, judge)))  # noqa: B023  run at once
 
 
 def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())  # noqa: S301  from our own parent, over a socket of its own
 
 
-def _bare(outcome: tuple[TrialRecord, Deployed | None]) -> tuple[TrialRecord, Deployed | None]:
-    """The files' runtime stays here, with all that it loaded."""
-    record, deployed = outcome
-    return record, deployed and Deployed(None, deployed.folder, deployed.precision, deployed.inputs)  # type: ignore[arg-type]
+def _told(record: TrialRecord, deployed: Deployed | None) -> tuple[TrialRecord, tuple[Any, ...] | None]:
+    """Of the files, precision and inputs: their runtime stays here, with all that it loaded."""
+    return record, (deployed.precision, deployed.inputs) if deployed else None
 
 
 def main(descriptor: int) -> None:

@@ -12,11 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compressors.errors import ConfigError
-from search.liveness import is_gone
 from search.sampler import REMAINING
-from search.storage import BUDGET, STOP, at_work, counted, open_storage, per_hour, spent_s, state
-
-SQLITE = "sqlite:///"
+from search.storage import BUDGET, SQLITE, STOP, at_work, counted, is_dead, open_storage, per_hour, spent_s, state
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def status(storage: str, name: str) -> Status:
     budget = study.user_attrs.get(BUDGET, {})
     return Status(
         study=name,
-        workers=tuple(map(_worker, running)),
+        workers=tuple(_worker(trial, storage) for trial in running),
         states=dict(Counter(map(state, trials))),
         per_hour=per_hour(done),
         left_trials=None if budget.get("trials") is None else max(0, budget["trials"] - len(done)),
@@ -72,12 +69,12 @@ def show(found: Status, console: Console) -> None:
         for column in ("process", "trial", "for", "state"):
             table.add_column(column)
         for worker in found.workers:
-            state = "at work" if worker.alive else "gone: its trial will be taken up again"
-            table.add_row(worker.process, str(worker.trial), _clock(worker.seconds), state)
+            doing = "at work" if worker.alive else "gone: its trial will be taken up again"
+            table.add_row(worker.process, str(worker.trial), _clock(worker.seconds), doing)
         console.print(table)
     else:
         console.print(f"{found.study}: no worker is at a trial")
-    console.print("trials: " + (", ".join(f"{n} {state}" for state, n in sorted(found.states.items())) or "none yet"))
+    console.print("trials: " + (", ".join(f"{n} {name}" for name, n in sorted(found.states.items())) or "none yet"))
     pace = "unknown" if found.per_hour is None else f"{found.per_hour:.0f} an hour"
     left = [f"{found.left_trials} trials" if found.left_trials is not None else ""]
     left.append(_clock(found.left_s) if found.left_s is not None else "")
@@ -105,11 +102,10 @@ def _left_s(study: optuna.Study, whole_s: float, storage: str) -> float:
     return max(0.0, float(study.user_attrs[REMAINING]) - since)
 
 
-def _worker(trial: FrozenTrial) -> Worker:
+def _worker(trial: FrozenTrial, storage: str) -> Worker:
     owner = str(trial.user_attrs.get("owner", "unknown"))
     began = trial.datetime_start.timestamp() if trial.datetime_start else time.time()
-    alive = owner == "unknown" or not is_gone(owner)
-    return Worker(owner, trial.number, time.time() - began, alive)
+    return Worker(owner, trial.number, time.time() - began, alive=not is_dead(trial, storage))
 
 
 def _clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ from search.liveness import is_gone
 HEARTBEAT_S = 20
 RETRIES = 2
 WINDOW_S = 3600.0
+SQLITE = "sqlite:///"
 BUDGET = "budget"
 """User attribute of a study: trials and minutes, as the worker that came last has them."""
 STOP = "stop"
@@ -29,8 +30,8 @@ STOP = "stop"
 def open_storage(url: str) -> RDBStorage:
     """SQLite is put into write-ahead mode, so that readers never wait for a writer."""
     try:
-        if url.startswith("sqlite:///"):
-            path = Path(url.removeprefix("sqlite:///"))
+        if url.startswith(SQLITE):
+            path = Path(url.removeprefix(SQLITE))
             path.parent.mkdir(parents=True, exist_ok=True)
             with sqlite3.connect(path, timeout=30) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from compressors.errors import ConfigError
+from evaluators.stopwatch import own_environment
 from search import build
 from search.liveness import signal_when_parent_ends
 from search.progress import ProgressView
@@ -77,8 +78,7 @@ def _start(search: Search, number: int, cores: Sequence[int]) -> "subprocess.Pop
         with log.open("a") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", "search.workers", str(path)],
-                # PYTHONPATH: the packages may be on this process's path only (a checkout, not an installation).
-                env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**own_environment(), **threads},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C of the terminal reaches the first process alone, which ends the others.
