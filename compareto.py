@@ -1,4 +1,4 @@
-"""The public Python API and the console command: compress, select, reproduce, status, stop, ui and doctor."""
+"""The public Python API and the console command, which its `USAGE` lists."""
 
 import copy
 import hashlib
@@ -58,6 +58,7 @@ __all__ = [
 USAGE = """usage: compareto COMMAND [option=value ...]
 
   search      search, and print the versions worth deploying
+  worker      join a search as one of many; with measure=only, measure what workers on other machines trained
   select      choose the champion by another rule, without searching: compareto select rule=smallest
   reproduce   rebuild the champion (or trial=N) from its plan and compare
   status      workers, trials, pace, and what is left of the budget
@@ -202,7 +203,9 @@ def doctor(*overrides: str) -> None:
 def main() -> None:
     """Dispatch the console command; exits with 2 for what the user got wrong."""
     command, *arguments = sys.argv[1:] or ["--help"]
-    if command == "search":
+    if command == "worker" and not any(word.startswith(("worker=", "-")) for word in arguments):
+        arguments = [*arguments, "worker=0"]
+    if command in ("search", "worker"):
         sys.exit(search_main(arguments))
     actions: dict[str, Callable[..., None]] = {
         "select": lambda *words: terminal().print(str(select(*words)), highlight=False, markup=False, soft_wrap=True),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.errors import ConfigError, Infeasible, at_least
-from compressors.pipeline import Applied, Batch, Context, Stage
+from compressors.pipeline import Applied, Batch, Context, Stage, loss_after
 from compressors.plan import Scalar, Settings, Step, digest
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -107,7 +107,7 @@ class Distill:
         with _training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(digest([seed, done]), 16))
             loss = self._train(model, goal, range(done, epochs), context)
-        return Applied({"": {"epochs": epochs, "loss": loss}})
+        return Applied({"": {"epochs": epochs, "loss": loss, loss_after(epochs): loss}})
 
     @property
     def _half(self) -> bool:

@@ -34,7 +34,8 @@ class Context:
 
     `loss` takes `(output, target)` and gives a scalar; it is None where the data has no labels. `train` yields freshly
     shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `answers` gives the
-    teacher's output, perhaps from memory; without it the teacher is asked.
+    teacher's output, perhaps from memory; without it the teacher is asked. `between_rounds` hears, before every round
+    of a `Growing` method but the first, where this leads and what was achieved by then; it may raise to end it.
     """
 
     teacher: nn.Module
@@ -44,6 +45,7 @@ class Context:
     loss: Callable[[Tensor, Tensor], Tensor] | None
     progress: Callable[[str], None] = lambda _text: None
     answers: Callable[..., Tensor] | None = None
+    between_rounds: "Callable[[Step, Achieved], None]" = lambda _step, _achieved: None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Compressor(Protocol):
 class Growing(Compressor, Protocol):
     """A method of the RECOVER stage that gets to a step by way of smaller ones, so that more of it goes on from less.
 
-    `apply` is the same as `advance` through all rounds from the start.
+    `apply` is the same as `advance` through all rounds from the start. A round that reaches so much of the deciding
+    key reports that, and under `loss_after` it the training loss with which it ended.
     """
 
     def rounds(self, step: Step) -> tuple[Step, ...]:
@@ -105,7 +108,8 @@ class Growing(Compressor, Protocol):
     def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
         """Carry a model that has had the round `since` (None: nothing) on to the next one, `step`.
 
-        What comes of it depends on the model's state and the arguments alone.
+        What comes of it depends on the model's state and the arguments alone. What this round achieved replaces, key
+        by key, what those before it did.
         """
 
     def between(self) -> Step | None:
@@ -113,6 +117,11 @@ class Growing(Compressor, Protocol):
 
         It is the same for every plan, so that many of them begin with the weights of one parent.
         """
+
+
+def loss_after(amount: Scalar) -> str:
+    """Under which key a round reports its loss, so that it is still known after the next one."""
+    return f"loss_after_{amount}"
 
 
 @runtime_checkable
@@ -237,7 +246,7 @@ class _Run:
         between = self._between(structure, recovery)
         if between and not passed:
             model, achieved = self._cut(original, structure, between)
-        achieved.update(self._train(model, way[passed:], recovered))
+        achieved.update(self._train(model, way[passed:], recovered, self.context.between_rounds))
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
@@ -286,10 +295,22 @@ class _Run:
             if any(given.tensors() for given in numbers.values()):
                 yield owner, Applied({owner: applied.achieved[owner]}, numbers)
 
-    def _train(self, model: nn.Module, legs: Sequence[_Leg], achieved: dict[str, Achieved]) -> dict[str, Achieved]:
+    def _train(
+        self,
+        model: nn.Module,
+        legs: Sequence[_Leg],
+        achieved: dict[str, Achieved],
+        between_rounds: Callable[[Step, Achieved], None] = lambda _step, _achieved: None,
+    ) -> dict[str, Achieved]:
         """Leg by leg, each stored as it ends; what each method achieved, those of earlier legs included."""
+        goals = {leg.step.method: leg.step for leg in legs}
         for leg in legs:
-            achieved[leg.step.method] = self._advance(model, leg).achieved
+            method = leg.step.method
+            before = achieved.get(method, {})
+            if leg.since is not None:
+                between_rounds(goals[method], before)
+            made = self._advance(model, leg).achieved
+            achieved[method] = {layer: {**before.get(layer, {}), **settings} for layer, settings in made.items()}
             self.store.save(leg.prefix, model, achieved)
         return achieved
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,13 @@ class Evaluator(Protocol):
 
     def close(self) -> None:
         """Give back what it holds, such as a process of its own; it may be used again afterwards."""
+
+
+@runtime_checkable
+class OfMachine(Protocol):
+    """An evaluator whose readings hold for the machine that they were taken on; being one is optional."""
+
+    of_machine: ClassVar[bool]
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Latency:
     drift: float = 0.10
     floor: float = 0.06
     retries: int = 6
+    of_machine: ClassVar[bool] = True
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _kept: "_Kept | None" = field(default=None, init=False, repr=False)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Memory:
     batch: int = 1
     threads: int = 1
     processes: int = 3
+    of_machine: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuses counts that would measure nothing."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from compressors.errors import ConfigError
 from search import build
-from search.conclude import conclude, show
+from search.conclude import conclude, conclude_once, show
 from search.progress import ProgressView
 from search.workers import run_together
 
@@ -19,10 +19,9 @@ def search(config: DictConfig, console: Console) -> None:
     with ProgressView(console, str(config.quality)) as view:
         job = build.build(config, view.training)
         outcome = run_together(job, view, config.workers)
-        waits = config.worker is not None and outcome.others > 0
-        conclusion = None if waits else conclude(job, outcome)
+        conclusion = conclude(job, outcome) if config.worker is None else conclude_once(job, outcome)
     if conclusion is None:
-        console.print(f"{outcome.others} others are still at a trial; the last one to end chooses and draws")
+        console.print(f"{outcome.ended}; another worker chooses and draws")
     else:
         show(conclusion, console)
 
@@ -49,21 +48,24 @@ def guarded(action: Callable[[], None], console: Console) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a search with Hydra's command line: overrides, `--multirun`, `--cfg job`, `--help`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = terminal()
-    errors = Console(stderr=True)
-    codes: list[int] = []
-
-    def job(config: DictConfig) -> None:
-        codes.append(guarded(lambda: search(config, console), errors))
-
     if not any(word.startswith("-") for word in arguments):
         # Hydra would print a page about a mistyped option; this says it in a line.
-        code = guarded(lambda: _check(arguments), errors)
+        code = guarded(lambda: _check(arguments), Console(stderr=True))
         if code:
             return code
     sys.argv = ["compareto search", *arguments]
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)()
-    return max(codes, default=0)
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def job(config: DictConfig) -> None:
+    """One job of Hydra's, here or wherever a launcher takes it; one that fails ends its process with the exit code."""
+    code = guarded(lambda: search(config, terminal()), Console(stderr=True))
+    if code:
+        sys.exit(code)
 
 
 def _check(arguments: Sequence[str]) -> None:

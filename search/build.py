@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from hydra import compose as hydra_compose
@@ -16,7 +16,7 @@ from hydra import initialize_config_module
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from compressors.errors import ConfigError
 from compressors.layers import read_layers
@@ -28,6 +28,7 @@ from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from evaluators.score import Score
 from evaluators.size import SIZE
+from search.address import password
 from search.cache import Cache
 from search.conclude import Selection
 from search.facts import Role
@@ -40,7 +41,7 @@ from search.sensitivity import guide
 from search.solver import Guide
 from search.space import build_space
 from search.storage import open_storage
-from search.study import Budget, Search
+from search.study import Budget, Measure, Search
 from search.tracking import CONFIG_FILE, Tracker
 from search.training import TrainingProgress, trained
 from search.trial import Workbench
@@ -59,6 +60,7 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "limits.minutes": ((int, float, None), "give a number or null"),
     "limits.memory_gb": ((int, float, None), "give a number of gigabytes or null"),
     "worker": ((int, None), "give a whole number or null"),
+    "measure": ((str,), "give all, never or only"),
     "budget.trials": ((int, None), "give a whole number or null"),
     "budget.minutes": ((int, float, None), "give a number or null"),
     "objectives": ((list,), "give a list of metrics, such as [accuracy,latency_ratio]"),
@@ -70,6 +72,9 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "runtime": ((dict,), "choose at least one with runtime=[...]"),
     "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
 }
+
+# The options that are addresses.
+ADDRESSES = (("storage", "url"), ("tracking", "uri"))
 
 # Of the machine's memory, for one trial, if limits.memory_gb is null.
 MEMORY_SHARE = 0.8
@@ -89,6 +94,7 @@ def build(
     `watch` hears of the training of the uncompressed network, if it has to be trained first. A `workload` given
     takes the place of the groups model, data and task; `extra` evaluators come before the configured ones.
     """
+    kept = _without_secrets(config)
     _check(config)
     budget = Budget(config.budget.trials, config.budget.minutes)
     folder, cache = _folder("folder", config.folder), _folder("cache", config.cache)
@@ -143,12 +149,13 @@ def build(
         rule=rule,
         folder=folder,
         fingerprint=_fingerprint(config, prints, environment, space.digest),
-        config=OmegaConf.to_yaml(config),
+        config=OmegaConf.to_yaml(kept),
         quality=str(config.quality),
         seed=config.seed,
         sparing=known is not None,
         ladder=ladder,
         limits=_limits(config),
+        measure=config.measure,
     )
 
 
@@ -221,7 +228,18 @@ def open_tracker(config: DictConfig) -> Tracker:
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
     stored = cast(DictConfig, OmegaConf.create(text))
-    for name in ("folder", "cache", "cache_gb", "storage", "tracking", "ladder", "workers", "worker", "limits"):
+    for name in (
+        "folder",
+        "cache",
+        "cache_gb",
+        "storage",
+        "tracking",
+        "ladder",
+        "workers",
+        "worker",
+        "measure",
+        "limits",
+    ):
         stored[name] = config[name]
     return stored
 
@@ -236,6 +254,36 @@ def for_worker(text: str) -> str:
     config = from_yaml(text)
     config.workers = 1
     return OmegaConf.to_yaml(config)
+
+
+def _without_secrets(config: DictConfig) -> DictConfig:
+    """A copy to be kept and shown: addresses that come from the environment say so, instead of what they are.
+
+    `config` is not resolved yet. Raises `ConfigError` where an address with a password was written down.
+    """
+    kept = OmegaConf.create(_resolved(config))
+    for group, key in ADDRESSES:
+        written = _plain_unresolved(config[group]).get(key)
+        if "${oc.env:" in str(written):
+            kept[group][key] = written
+        elif password(str(kept[group].get(key))):
+            problem = "has a password in it, which would be written into logs and records"
+            remedy = f"put the address into the environment: {group}.{key}='${{oc.env:NAME}}'"
+            raise ConfigError(f"{group}.{key}", problem, remedy)
+    return kept
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """All references filled in; raises `ConfigError` for one that leads nowhere, such as an unset variable."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except InterpolationResolutionError as error:
+        reason = " ".join(str(error.msg or error).split())
+        raise ConfigError(str(error.full_key), f"cannot be filled in ({reason})", "set what it refers to") from error
+
+
+def _plain_unresolved(node: Any) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
 
 
 def make(path: str, node: Any) -> Any:
@@ -254,6 +302,7 @@ def make(path: str, node: Any) -> Any:
 
 def _check(config: DictConfig) -> None:
     """Resolves references in place; refuses what is not set or is of another kind than the option takes."""
+    _resolved(config)
     OmegaConf.resolve(config)
     for path in sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(path, "is not set", f"set {path}=VALUE")
@@ -262,6 +311,8 @@ def _check(config: DictConfig) -> None:
         # A bool would pass for a whole number.
         if (type(value) if value is not None else None) not in kinds:
             raise ConfigError(path, "is not set" if value is None else f"is {value!r}", remedy)
+    if config.measure not in get_args(Measure):
+        raise ConfigError("measure", f"is {config.measure!r}", f"use {', '.join(get_args(Measure))}")
     if config.recovery_batch < 1:
         raise ConfigError("recovery_batch", f"is {config.recovery_batch}", "give 1 or more")
     cores = len(os.sched_getaffinity(0))
@@ -281,13 +332,13 @@ def _limits(config: DictConfig) -> Limits | None:
 
 
 def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:
-    """How to make the sampler of a worker that comes when there are so many trials."""
+    """How to make the sampler of a worker that comes after so many others."""
 
-    def sampler(trials: int) -> Any:
+    def sampler(joined: int) -> Any:
         if known is not None:
             # It tells trials apart by itself, and must propose the same from the same trials.
             return _plain_sampler(config, config.seed).guided_by(known, roles)
-        return _plain_sampler(config, config.seed + trials)
+        return _plain_sampler(config, config.seed + joined)
 
     return sampler
 

@@ -12,6 +12,7 @@ from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search import report
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
+from search.storage import concluding
 from search.study import INTERRUPTED, STOPPED, Outcome, Search
 from search.tracking import StudyRun, Tracker, measurement_from
 from search.trial import TrialRecord
@@ -37,6 +38,14 @@ def conclude(search: Search, outcome: Outcome) -> Conclusion:
         return _conclude(search, outcome)
     finally:
         search.tracker.close_study(outcome.study)
+
+
+def conclude_once(search: Search, outcome: Outcome) -> Conclusion | None:
+    """The same for one of many workers: None where others are still at work, or one has concluded these trials."""
+    if outcome.others:
+        return None
+    with concluding(search.storage, search.name, len(outcome.records)) as mine:
+        return conclude(search, outcome) if mine else None
 
 
 def _conclude(search: Search, outcome: Outcome) -> Conclusion:

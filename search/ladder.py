@@ -6,22 +6,23 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from compressors.errors import ConfigError
+from compressors.pipeline import loss_after
 from compressors.plan import CompressionPlan
 from evaluators.accuracy import Z95
 from evaluators.divergence import LOSS
 from evaluators.measurement import Measurement
 from search.pareto import dominates
 from search.select import Bound, shown, useful, within
-from search.trial import Look, Stop, TrialRecord
+from search.trial import Look, Midway, Stop, TrialRecord
 
 
 @dataclass(frozen=True)
 class Ladder:
     """When to give a candidate up: `error` bounds the chance that it would have been on the final front.
 
-    The error is shared out evenly (Bonferroni) over all looks, which are the proxy's and one per entry of `shares`,
-    and at each look over the metrics that are not yet certain. `quality` is the objective that the proxy speaks of,
-    `speed` the metric by which a candidate may be called slower than its own input.
+    The error is shared out evenly (Bonferroni) over all looks, which are one during training, the proxy's and one per
+    entry of `shares`, and at each preview over the metrics that are not yet certain. `quality` is the objective that
+    the proxy speaks of, `speed` the metric by which a candidate may be called slower than its own input.
     """
 
     objectives: tuple[str, ...]
@@ -42,14 +43,24 @@ class Ladder:
     @property
     def error_per_look(self) -> float:
         """What one look may spend."""
-        return self.error / (1 + len(self.shares))
+        return self.error / (2 + len(self.shares))
 
-    def judge(self, plan: CompressionPlan, records: Sequence[TrialRecord]) -> "Judge | None":
-        """For one candidate, against what is known of the others now; the uncompressed model is never judged."""
+    @property
+    def witnesses(self) -> int:
+        """So many others bring the chance that one more outdoes them all down to what one look may spend."""
+        return math.ceil(1 / self.error_per_look - 1e-9) - 1
+
+    def judge(
+        self, plan: CompressionPlan, records: Sequence[TrialRecord], expected: Mapping[str, float] | None = None
+    ) -> "Judge | None":
+        """For one candidate, against what is known of the others now; the uncompressed model is never judged.
+
+        `expected` is what the sampler predicts of its objectives; without it no training is stopped, but for a bound.
+        """
         if not plan.steps:
             return None
         measured = [record for record in records if record.measured]
-        return Judge(self, tuple(within(useful(measured, self.speed), self.bounds)), tuple(measured))
+        return Judge(self, tuple(within(useful(measured, self.speed), self.bounds)), tuple(measured), expected or {})
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Judge:
     ladder: Ladder
     rivals: tuple[TrialRecord, ...]
     measured: tuple[TrialRecord, ...]
+    expected: Mapping[str, float]
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -84,16 +96,54 @@ class Judge:
         best = self._best_case(look)
         return self._out_of_bounds(look.rung, best) or self._dominated(look.rung, best)
 
+    def midway(self, at: Midway) -> Stop | None:
+        """When others that were no worse at this point of the same training would all be worth nothing in its place.
+
+        In its place means: with their quality, and with costs as far from what was expected of the candidate as theirs
+        came out from what was expected of them. Conformal as in `promise`, over quality and costs jointly: of n + 1
+        that may be exchanged, one alone is worth something with a chance of at most 1 / (n + 1), and this one is no
+        better than any. Only the last break counts; where fewer than `witnesses` were trained for as long, nothing
+        is stopped.
+        """
+        if not self.rivals or not _last_look(at):
+            return None
+        lost = [(loss, record) for record in self.measured if (loss := _loss_at(record, at)) is not None]
+        known = sorted((pair for pair in lost if pair[0] <= at.loss), key=lambda pair: pair[0])
+        nearest = [record for _, record in known[-self.ladder.witnesses :]]
+        if len(nearest) < self.ladder.witnesses or not all(map(self._worthless, map(self._in_its_place, nearest))):
+            return None
+        qualities = [record.value(self.ladder.quality).value for record in nearest]
+        return Stop(
+            f"training {at.done} of {at.wanted}",
+            self.ladder.quality,
+            (min(qualities), max(qualities)),
+            f"none of {len(nearest)} that did no worse by then would join the front in its place",
+        )
+
+    def _in_its_place(self, record: TrialRecord) -> dict[str, Measurement]:
+        """What the candidate would be if it turned out as this one did."""
+        outcome = {self.ladder.quality: record.value(self.ladder.quality)}
+        for name in self.ladder.objectives:
+            if name != self.ladder.quality and record.expected.get(name, 0) > 0 and name in self.expected:
+                factor, found = self.expected[name] / record.expected[name], record.value(name)
+                low, high = found.interval
+                outcome[name] = replace(found, value=factor * found.value, interval=(factor * low, factor * high))
+        return outcome
+
+    def _worthless(self, outcome: Mapping[str, Measurement]) -> bool:
+        """Beyond a bound, or dominated."""
+        return bool(self._out_of_bounds("", outcome) or self._dominated("", outcome))
+
     def promise(self, loss: float) -> Measurement | None:
         """The best quality that a candidate with this calibration loss may still have; None with too short a history.
 
         Conformal (Vovk 2005), without an assumption on distributions: of n + 1 candidates whose quality does not grow
         with their loss, the one with the largest loss is the best with a chance of at most 1 / (n + 1). The n are those
         measured in full with the nearest smaller losses; fewer than it takes to bring that chance down to what one
-        look may spend (59 at the defaults) promise nothing, and so stop nothing. Candidates that were stopped are
+        look may spend (79 at the defaults) promise nothing, and so stop nothing. Candidates that were stopped are
         missing among the n, which only makes the best of them better.
         """
-        count = math.ceil(1 / self.ladder.error_per_look - 1e-9) - 1
+        count = self.ladder.witnesses
         nearest = sorted((pair for pair in self._lessons() if pair[0] <= loss), key=lambda pair: pair[0])[-count:]
         if len(nearest) < count:
             return None
@@ -156,6 +206,18 @@ def best_case(preview: Measurement, share: float, error: float) -> Measurement:
         return replace(preview, value=best, interval=interval)
     interval = (worst - math.sqrt(share) * (value - low), best)
     return replace(preview, value=worst, interval=interval)
+
+
+def _last_look(at: Midway) -> bool:
+    """Rounds double, so the last one begins at half or later."""
+    return 2 * float(at.done) >= float(at.wanted)
+
+
+def _loss_at(record: TrialRecord, at: Midway) -> float | None:
+    """The loss that an equally long training had at the same point; None where it is not known."""
+    reported = record.achieved.get(at.method, {}).get("", {})
+    key = loss_after(at.done)
+    return float(reported[key]) if reported.get(at.key) == at.wanted and key in reported else None
 
 
 def _grows(measurement: Measurement) -> bool:

@@ -69,6 +69,9 @@ class Carrier(Protocol):
     ) -> tuple[TrialRecord, Deployed | None]:
         """See `Workbench.run`."""
 
+    def complete(self, record: TrialRecord, deployed: Deployed, clock: Clock) -> TrialRecord:
+        """See `Workbench.complete`."""
+
     def close(self) -> None:
         """Give back all that is held."""
 
@@ -93,6 +96,15 @@ class Here:
         except Exception as error:
             raise Broken.of(error, clock.phase) from error
 
+    def complete(self, record: TrialRecord, deployed: Deployed, clock: Clock) -> TrialRecord:
+        """In place."""
+        try:
+            return self.bench.complete(record, deployed, self.reference, self.examples, clock)
+        except Infeasible:
+            raise
+        except Exception as error:
+            raise Broken.of(error, clock.phase) from error
+
     def close(self) -> None:
         """The evaluators and the cache."""
         self.bench.close()
@@ -111,15 +123,34 @@ class Runner:
         self, number: int, plan: CompressionPlan, folder: Path, clock: Clock, judge: Judge | None
     ) -> tuple[TrialRecord, Deployed | None]:
         """In the child."""
+
+        def work(here: Here, clock: Clock) -> tuple[TrialRecord, tuple[Any, ...] | None]:
+            record, deployed = here.run(number, plan, folder, clock, judge)
+            # Of the files, precision and inputs: their runtime stays there, with all that it loaded.
+            return record, (deployed.precision, deployed.inputs) if deployed else None
+
+        record, made = self._in_child(work, clock)
+        return record, made and Deployed(self.bench.runtimes[plan.target.runtime], folder, *made)
+
+    def complete(self, record: TrialRecord, deployed: Deployed, clock: Clock) -> TrialRecord:
+        """In the child."""
+        name, place = record.plan.target.runtime, (deployed.folder, deployed.precision, deployed.inputs)
+
+        def work(here: Here, clock: Clock) -> TrialRecord:
+            return here.complete(record, Deployed(here.bench.runtimes[name], *place), clock)
+
+        made: TrialRecord = self._in_child(work, clock)
+        return made
+
+    def _in_child(self, work: "Callable[[Here, Clock], Any]", clock: Clock) -> Any:
         child = self._ready(clock)
         try:
-            child.send((number, plan, folder, judge))
-            record, made = child.answer(clock, self.limits)
+            child.send(work)
+            return child.answer(clock, self.limits)
         except BaseException:
             if not child.answered:
                 self.close()
             raise
-        return record, made and Deployed(self.bench.runtimes[plan.target.runtime], folder, *made)
 
     def close(self) -> None:
         """End the child and all that it started."""
@@ -252,17 +283,12 @@ def _serve(connection: Connection) -> None:
     carriers: list[Here] = []
     watched(lambda clock: carriers.append(Here(bench, reference, clock)))
     while carriers:
-        number, plan, folder, judge = _receive(connection)
-        watched(lambda clock: _told(*carriers[0].run(number, plan, folder, clock, judge)))  # noqa: B023  run at once
+        work = _receive(connection)
+        watched(lambda clock: work(carriers[0], clock))  # noqa: B023  run at once
 
 
 def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())  # noqa: S301  from our own parent, over a socket of its own
-
-
-def _told(record: TrialRecord, deployed: Deployed | None) -> tuple[TrialRecord, tuple[Any, ...] | None]:
-    """Of the files, precision and inputs: their runtime stays here, with all that it loaded."""
-    return record, (deployed.precision, deployed.inputs) if deployed else None
 
 
 def main(descriptor: int) -> None:

@@ -12,8 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from compressors.errors import ConfigError
+from search.address import shown
 from search.sampler import REMAINING
-from search.storage import BUDGET, SQLITE, STOP, at_work, counted, is_dead, open_storage, per_hour, spent_s, state
+from search.storage import (
+    BUDGET,
+    OWNER,
+    SQLITE,
+    STOP,
+    at_work,
+    counted,
+    is_dead,
+    open_storage,
+    per_hour,
+    spent_s,
+    state,
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +60,11 @@ def status(storage: str, name: str) -> Status:
     budget = study.user_attrs.get(BUDGET, {})
     return Status(
         study=name,
-        workers=tuple(_worker(trial, storage) for trial in running),
+        workers=tuple(_worker(trial) for trial in running if trial.user_attrs.get(OWNER)),
         states=dict(Counter(map(state, trials))),
         per_hour=per_hour(done),
         left_trials=None if budget.get("trials") is None else max(0, budget["trials"] - len(done)),
-        left_s=None if budget.get("minutes") is None else _left_s(study, 60 * budget["minutes"], storage),
+        left_s=None if budget.get("minutes") is None else _left_s(study, 60 * budget["minutes"]),
     )
 
 
@@ -59,7 +72,7 @@ def stop(storage: str, name: str) -> int:
     """Have every worker end after its running trial; how many are at work."""
     study = _study(storage, name)
     study.set_user_attr(STOP, uuid.uuid4().hex)
-    return len(at_work(study, storage))
+    return len(at_work(study))
 
 
 def show(found: Status, console: Console) -> None:
@@ -82,7 +95,7 @@ def show(found: Status, console: Console) -> None:
 
 
 def _study(storage: str, name: str) -> optuna.Study:
-    problem = f"{name!r} is not in {storage}"
+    problem = f"{name!r} is not in {shown(storage)}"
     remedy = "run its search first, or give another name"
     # Looking at a study makes no file.
     if storage.startswith(SQLITE) and not Path(storage.removeprefix(SQLITE)).exists():
@@ -93,19 +106,19 @@ def _study(storage: str, name: str) -> optuna.Study:
         raise ConfigError("study", problem, remedy) from None
 
 
-def _left_s(study: optuna.Study, whole_s: float, storage: str) -> float:
+def _left_s(study: optuna.Study, whole_s: float) -> float:
     """While workers are at it, what there was at the newest start less the time since."""
-    active = at_work(study, storage)
+    active = at_work(study)
     if not active or study.user_attrs.get(REMAINING) is None:
         return max(0.0, whole_s - spent_s(study))
     since = time.time() - max(t.datetime_start.timestamp() for t in active if t.datetime_start)
     return max(0.0, float(study.user_attrs[REMAINING]) - since)
 
 
-def _worker(trial: FrozenTrial, storage: str) -> Worker:
-    owner = str(trial.user_attrs.get("owner", "unknown"))
+def _worker(trial: FrozenTrial) -> Worker:
+    owner = str(trial.user_attrs[OWNER])
     began = trial.datetime_start.timestamp() if trial.datetime_start else time.time()
-    return Worker(owner, trial.number, time.time() - began, alive=not is_dead(trial, storage))
+    return Worker(owner, trial.number, time.time() - began, alive=not is_dead(trial))
 
 
 def _clock(seconds: float) -> str:

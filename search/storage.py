@@ -1,53 +1,167 @@
-"""A study's storage: opened, its trials counted, its workers' pulse kept; it asks for no plan, tells no result."""
+"""A study's storage: opened, waited for, locked, its trials counted; it asks for no plan and tells no result."""
 
+import copy
+import fcntl
+import functools
+import hashlib
+import logging
 import sqlite3
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from compressors.errors import ConfigError
+from search.address import masked, shown
 from search.liveness import is_gone
 
 HEARTBEAT_S = 20
 RETRIES = 2
 WINDOW_S = 3600.0
-SQLITE = "sqlite:///"
+PATIENCE_S, PAUSE_S = 900.0, 2.0
+"""How long a database may be away in mid-run, and how often it is tried again."""
+SQLITE, POSTGRESQL = "sqlite:///", "postgresql"
 BUDGET = "budget"
 """User attribute of a study: trials and minutes, as the worker that came last has them."""
 STOP = "stop"
 """User attribute of a study: whoever sees it change ends after the trial at hand."""
+CONCLUDED = "concluded"
+"""User attribute of a study: at how many trials its champion was chosen last."""
+JOINED = "joined"
+"""User attribute of a study: how many workers ever joined it."""
+OWNER = "owner"
+"""User attribute of a running trial: the process that is at it; empty when it is nobody's turn."""
+PUT_BACK = "put_back"
+"""User attribute of a failed trial: its worker was interrupted and queued its parameters again itself."""
+RECORD = "record"
+"""User attribute of a finished trial: all that is known of it, for the other workers."""
+WAITS = "waits"
+"""User attribute of a running trial that is all but measured: the tracker's run that has its files."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+log = logging.getLogger(__name__)
 
 
 def open_storage(url: str) -> RDBStorage:
-    """SQLite is put into write-ahead mode, so that readers never wait for a writer."""
+    """The storage, its tables made if need be; raises `ConfigError` at once where that does not work."""
+    _check(url)
     try:
         if url.startswith(SQLITE):
-            path = Path(url.removeprefix(SQLITE))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with sqlite3.connect(path, timeout=30) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
-        with quiet():
-            return RDBStorage(
+            _prepare(Path(url.removeprefix(SQLITE)))
+        # Two that make the tables of an empty database at once would collide.
+        if url.startswith(POSTGRESQL):
+            # From here on one is patient with it.
+            _engine(url).connect().close()
+        with quiet(), exclusively(url, "tables"):
+            return _Patient(
                 url,
+                engine_kwargs={"pool_pre_ping": True},
                 heartbeat_interval=HEARTBEAT_S,
                 grace_period=6 * HEARTBEAT_S,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
             )
     except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            "storage.url", f"{url} cannot be opened ({reason})", "check that it is reachable and writable"
-        ) from error
+        problem = f"{shown(url)} cannot be opened ({masked(str(error).splitlines()[0], url)})"
+        raise ConfigError("storage.url", problem, "check that it is reachable and writable") from error
+
+
+def _check(url: str) -> None:
+    """Only what a sweep survives on is taken."""
+    if url.startswith((SQLITE, POSTGRESQL)):
+        return
+    remedy = "use sqlite:///FILE on one machine, postgresql+psycopg://USER@HOST/NAME on several"
+    problem = f"{shown(url)} is neither SQLite nor PostgreSQL"
+    if "grpc" in url or "journal" in url or url.endswith(".log"):
+        problem = f"{shown(url)}: Optuna's journal and gRPC storages never take up the trial of a worker that died"
+    raise ConfigError("storage.url", problem, remedy)
+
+
+def _prepare(path: Path) -> None:
+    """Write-ahead mode: readers never wait for a writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sqlite3.connect(path, timeout=30) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    connection.close()
+
+
+def patient(action: Callable[P, R]) -> Callable[P, R]:
+    """The same, but it waits `PATIENCE_S` at most for a database that is away."""
+
+    @functools.wraps(action)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        began = time.monotonic()
+        while True:
+            try:
+                return action(*args, **kwargs)
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if not _is_away(error) or time.monotonic() - began > PATIENCE_S:
+                    raise
+                log.warning("the storage is away, trying again")
+                time.sleep(PAUSE_S)
+
+    return call
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a connection could not be made or broke; a full disk or a broken file is another matter."""
+    while error is not None:
+        if isinstance(error, DBAPIError):
+            return "sqlite3" not in str(type(error.orig)) and (
+                error.connection_invalidated or isinstance(error, OperationalError)
+            )
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _Patient(RDBStorage):
+    """A database that may go away for a while. A call whose answer got lost on the way is made once more."""
+
+
+for _name in sorted(BaseStorage.__abstractmethods__ | {"record_heartbeat", "_get_stale_trial_ids"}):
+    setattr(_Patient, _name, patient(getattr(RDBStorage, _name)))
+
+
+@contextmanager
+def exclusively(url: str, what: str) -> Iterator[None]:
+    """One at a time among all processes that use this storage, on any host; freed when its holder dies."""
+    if url.startswith(SQLITE):
+        path = Path(url.removeprefix(SQLITE))
+        with path.with_name(f"{path.name}.{what}.lock").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        return
+    key = int.from_bytes(hashlib.sha256(f"compareto {what}".encode()).digest()[:8], "big", signed=True)
+    connection = _locked(_engine(url), key)
+    try:
+        yield
+    finally:
+        # A server that went away meanwhile has freed it.
+        with suppress(SQLAlchemyError), connection:
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), {"key": key})
+
+
+@functools.cache
+def _engine(url: str) -> sqlalchemy.Engine:
+    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+
+
+@patient
+def _locked(engine: sqlalchemy.Engine, key: int) -> sqlalchemy.Connection:
+    """A connection that holds the lock."""
+    connection = engine.connect()
+    connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": key})
+    return connection
 
 
 @contextmanager
@@ -59,15 +173,28 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def concluding(url: str, name: str, trials: int) -> Iterator[bool]:
+    """Whether nobody has concluded the study at so many trials yet; alone until that is done."""
+    with exclusively(url, f"{name} conclusion"):
+        study = optuna.load_study(study_name=name, storage=open_storage(url))
+        mine = study.user_attrs.get(CONCLUDED) != trials
+        yield mine
+        if mine:
+            study.set_user_attr(CONCLUDED, trials)
+
+
 def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that used up budget: finished, not answered from an earlier one, not given up by a dead worker."""
+    """Trials that used up budget: finished, not answered from an earlier one, not queued again for another worker."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [
-        t
-        for t in finished
-        if "duplicate_of" not in t.user_attrs
-        and (t.state is not TrialState.FAIL or {"error", "missed"} & set(t.user_attrs))
-    ]
+    return [t for t in finished if "duplicate_of" not in t.user_attrs and (t.state is not TrialState.FAIL or failed(t))]
+
+
+def failed(trial: FrozenTrial) -> bool:
+    """Whether a trial is done with for good: it broke, or its process died for the last time allowed."""
+    lives = len(trial.system_attrs.get("retry_history", ())) + 1
+    died = lives > RETRIES and PUT_BACK not in trial.user_attrs
+    return trial.state is TrialState.FAIL and (died or bool({"error", "missed"} & set(trial.user_attrs)))
 
 
 def answered(study: optuna.Study) -> list[FrozenTrial]:
@@ -88,25 +215,41 @@ def spent_s(study: optuna.Study) -> float:
 def requeue(study: optuna.Study, number: int) -> None:
     """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
     lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
-    lives = len(lost.system_attrs.get("retry_history", [])) + 1
-    if lives > RETRIES:
-        Trial(study, lost._trial_id).set_user_attr("error", f"its process died {lives} times")
     study.tell(number, state=TrialState.FAIL)
+    # The callback adds to the trial's history in place, which is not ours; and what was known of it no longer holds.
+    again = copy.deepcopy(lost)
+    again.user_attrs = {}
     with quiet():
-        RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, lost)
+        RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, again)
 
 
-def is_dead(trial: FrozenTrial, storage: str) -> bool:
+def dead(study: optuna.Study) -> list[FrozenTrial]:
+    """Running trials whose process has ended, or which had no heartbeat for long; those that only wait never do."""
+    for trial in waiting(study):
+        cast(RDBStorage, study._storage).record_heartbeat(trial._trial_id)
+    stale = set(cast(RDBStorage, study._storage)._get_stale_trial_ids(study._study_id))
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if trial._trial_id in stale or is_dead(trial)]
+
+
+def is_dead(trial: FrozenTrial) -> bool:
     """Whether the process that signed a running trial has ended; one of another host counts as alive."""
-    owner = trial.user_attrs.get("owner")
-    # Asked and signed under one lock: in a file that one host owns, nobody can still be about to sign.
-    return storage.startswith("sqlite") if owner is None else is_gone(owner)
+    owner = trial.user_attrs.get(OWNER)
+    # Asked and signed under one lock: whoever holds it knows that nobody is still about to sign.
+    return WAITS not in trial.user_attrs and (owner is None or is_gone(owner))
 
 
-def at_work(study: optuna.Study, storage: str) -> list[FrozenTrial]:
+def at_work(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that processes, none of them known to be gone, are carrying out now."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if not is_dead(trial, storage)]
+    return [t for t in running if not is_dead(t) and t.user_attrs.get(OWNER) and not is_gone(t.user_attrs[OWNER])]
+
+
+def waiting(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that are all but measured, and that nobody is measuring now."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    parked = [t for t in running if WAITS in t.user_attrs]
+    return [t for t in parked if not t.user_attrs.get(OWNER) or is_gone(t.user_attrs[OWNER])]
 
 
 def state(trial: FrozenTrial) -> str:
@@ -117,7 +260,9 @@ def state(trial: FrozenTrial) -> str:
     if trial.state is TrialState.PRUNED:
         return "infeasible" if "infeasible" in told else "stopped early"
     if trial.state is TrialState.FAIL:
-        return "failed" if {"error", "missed"} & set(told) else "given up and queued again"
+        return "failed" if failed(trial) else "given up and queued again"
+    if trial.state is TrialState.RUNNING and WAITS in told and not told.get(OWNER):
+        return "waiting to be measured"
     return {TrialState.COMPLETE: "measured", TrialState.RUNNING: "running"}.get(trial.state, "waiting")
 
 

@@ -1,26 +1,29 @@
 """The study: asks Optuna for plans, has them carried out, tells it what came of them; resumes whatever was begun."""
 
-import fcntl
 import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import optuna
-from optuna.storages import fail_stale_trials
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
 from evaluators.divergence import LOSS
+from evaluators.machine import machine
 from evaluators.measurement import Metric
+from evaluators.runtime import Deployed
 from search.ladder import Ladder
 from search.liveness import this_process
+from search.outbox import Draft, Outbox
 from search.runner import Broken, Carrier, Here, Limits, Runner
 from search.sampler import EXPECTED, MEASURED_LOSS, PREVIEW, REMAINING
 from search.select import Bound, Rule, front_of
@@ -28,24 +31,38 @@ from search.space import SearchSpace
 from search.storage import (
     BUDGET,
     HEARTBEAT_S,
+    JOINED,
+    OWNER,
+    PATIENCE_S,
+    PUT_BACK,
+    RECORD,
     STOP,
+    WAITS,
     answered,
     at_work,
     counted,
+    dead,
+    exclusively,
     heartbeat,
-    is_dead,
     open_storage,
     per_hour,
     quiet,
     requeue,
     spent_s,
+    waiting,
 )
-from search.tracking import StudyRun, Tracker, refuse_another
+from search.tracking import Away, StudyRun, Tracker, record_from_json, record_to_json, refuse_another
 from search.trial import Clock, TrialRecord, Workbench
 
 # So many repeated proposals in a row mean that the sampler has nothing new to say.
 DUPLICATES_IN_A_ROW = 100
 FRONT_FILE = "front.json"
+Returned = TypeVar("Returned")
+OUTBOX = "outbox"
+# While nothing can be begun, how often to look whether something can.
+IDLE_S = 2.0
+# So many trials in a row that broke here mean that it is not the candidates' fault.
+BROKEN_IN_A_ROW = 10
 # User attributes that hold for the plan, whichever trial it was measured in.
 TOLD = {MEASURED_LOSS, PREVIEW, "infeasible", "stopped"}
 
@@ -66,12 +83,16 @@ class Budget:
                 raise ConfigError(f"budget.{name}", f"is {value}", "give a finite number above 0")
 
 
+Measure = Literal["all", "never", "only"]
+"""`never`: another machine, which leaves the rest of every trial to others; `only`: nothing but that rest."""
+
+
 @dataclass(frozen=True)
 class Search:
     """Everything one search needs, built from its configuration.
 
     `sparing` leaves all but a few of the uniform plans to a sampler that knows better. With `limits`, trials run in a
-    process of their own.
+    process of their own. `measure` says what of the measuring that only counts on the study's machine is done here.
     """
 
     name: str
@@ -93,12 +114,18 @@ class Search:
     sparing: bool = False
     ladder: Ladder | None = None
     limits: Limits | None = None
+    measure: Measure = "all"
 
     @property
     def reference(self) -> Target:
         """The uncompressed model's place in the first runtime of the configuration: what latency is a ratio to."""
         runtime, precisions = next(iter(self.space.targets.items()))
         return Target(runtime, precisions[0])
+
+    def begun_with(self, fingerprint: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The part of a fingerprint that a study must have been begun with for this search to join it."""
+        ignored = machine().keys() if self.measure == "never" else ()
+        return {key: value for key, value in fingerprint.items() if key not in ignored}
 
     def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """The finished records within all bounds that nothing dominates."""
@@ -149,8 +176,8 @@ def run(search: Search, watch: Watcher) -> Outcome:
         ended = INTERRUPTED
     finally:
         loop.carrier.close()
-    records = tuple(search.tracker.records(loop.run))
-    return Outcome(loop.run, records, tuple(search.front(records)), ended, len(at_work(loop.study, search.storage)))
+    loop.conclude()
+    return Outcome(loop.run, loop.records, tuple(loop.front), ended, len(at_work(loop.study)))
 
 
 class _Loop:
@@ -159,15 +186,18 @@ class _Loop:
     def __init__(self, search: Search, watch: Watcher) -> None:
         self.search, self.watch = search, watch
         search.tracker.check(search.name)
-        with _host_lock(search):
-            self.study = _open_study(search)
-        bench = search.workbench
-        self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, search.fingerprint)
+        self.study = _open_study(search)
+        bench = search.workbench if search.measure != "never" else search.workbench.elsewhere()
+        fingerprint = search.begun_with(search.fingerprint)
+        self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
+        self.outbox = Outbox(search.tracker, self.run, search.folder / search.name / OUTBOX)
+        self.outbox.deliver()
         self._take(search.tracker.records(self.run))
         self.spent_before = spent_s(self.study)
         self.began = time.perf_counter()
         self.looked_after = -math.inf
         self.duplicates = 0
+        self.broken: list[str] = []
         self.stop = self.study.user_attrs.get(STOP)
         self.study.set_user_attr(BUDGET, asdict(search.budget))
         clock = Clock(watch=self._show)
@@ -189,34 +219,88 @@ class _Loop:
         """Trial after trial; says why it stopped."""
         in_a_row = 0
         while in_a_row < DUPLICATES_IN_A_ROW:
-            # Counting, asking and signing are one act among the workers of a host: none overshoots the budget, and
-            # none takes up a plan that another one is at.
-            with _host_lock(self.search):
+            if len(self.broken) >= BROKEN_IN_A_ROW:
+                return f"{len(self.broken)} trials in a row broke, the last one in {self.broken[-1]}"
+            # Counting, asking and signing are one act among all workers: none overshoots the budget, and none takes
+            # up a plan that another one is at.
+            with exclusively(self.search.storage, self.search.name):
                 if time.perf_counter() - self.looked_after > HEARTBEAT_S:
                     self._take_up_the_dead()
-                ended = self._budget_spent()
-                if ended:
+                left = self._take_waiting() if self.search.measure != "never" else None
+                ended, idle = ("", False) if left else self._budget_spent()
+                if ended and not idle:
                     return ended
-                trial, plan, twin = self._ask()
-            in_a_row = in_a_row + 1 if twin else 0
-            if twin is None:
-                self._one(trial, plan)
+                asked = None if left or idle else self._ask()
+            if left:
+                self._complete(left)
+            elif asked is None:
+                self._show("waiting for other workers")
+                time.sleep(IDLE_S)
             else:
-                self._tell_again(trial, twin)
+                trial, plan, twin = asked
+                in_a_row = in_a_row + 1 if twin else 0
+                if twin is None:
+                    self._one(trial, plan)
+                else:
+                    self._tell_again(trial, twin)
         return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
 
-    def _budget_spent(self) -> str:
+    def conclude(self) -> None:
+        """Take stock of what all workers did, once the tracker knows all; `ConfigError` where that takes too long."""
+        self._deliver_all()
+        self._take(self.search.tracker.records(self.run))
+        self._save_front()
+
+    def _deliver_all(self) -> None:
+        began = time.monotonic()
+        while self._deliver() and self.outbox.waiting:
+            if time.monotonic() - began > PATIENCE_S:
+                problem = f"does not answer; {self.outbox.waiting} finished trials wait in {self.outbox.folder}"
+                raise ConfigError("tracking.uri", problem, "start the server: the same command sends them")
+            self._show("waiting for the MLflow server")
+            time.sleep(IDLE_S)
+
+    def _budget_spent(self) -> tuple[str, bool]:
+        """Why to end, if so; and whether to stay around, as others may yet leave something to do."""
         if self.study.user_attrs.get(STOP) != self.stop:
-            return STOPPED
+            return STOPPED, False
         budget = self.search.budget
         done, elapsed = len(counted(self.study)), self._elapsed()
-        running = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if budget.trials is not None and done + running >= budget.trials:
-            elsewhere = f", {running} of them still running elsewhere" if running else ""
-            return f"budget spent: {done + running} of {budget.trials} trials{elsewhere}"
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        # A worker that dies leaves its trial; and those who cannot measure leave theirs to the others.
+        others = [t for t in running if self.search.measure != "never" or WAITS not in t.user_attrs]
+        if budget.trials is not None and done + len(running) >= budget.trials:
+            return f"budget spent: {done} of {budget.trials} trials", done < budget.trials and bool(others)
         if budget.minutes is not None and elapsed >= 60 * budget.minutes:
-            return f"budget spent: {elapsed / 60:.1f} of {budget.minutes:g} minutes, {done} trials"
-        return ""
+            trained = self.search.measure == "all" and any(WAITS in t.user_attrs for t in running)
+            spent = f"budget spent: {elapsed / 60:.1f} of {budget.minutes:g} minutes, {done} trials"
+            return spent, trained or (self.search.measure == "only" and bool(running))
+        return "", self.search.measure == "only"
+
+    def _take_waiting(self) -> FrozenTrial | None:
+        """A trial that lacks nothing but what is measured here, signed."""
+        for trial in waiting(self.study)[:1]:
+            Trial(self.study, trial._trial_id).set_user_attr(OWNER, this_process())
+            return trial
+        return None
+
+    def _complete(self, waits: FrozenTrial) -> None:
+        """Measure what another machine's worker could not, and tell."""
+        tracker, clock = self.search.tracker, Clock(watch=self._show)
+        trial, run_id = Trial(self.study, waits._trial_id), str(waits.user_attrs[WAITS])
+        record, files, inputs = _patiently(lambda: tracker.unmeasured(run_id))
+
+        def work(draft: Draft) -> TrialRecord:
+            runtime = self.search.workbench.runtimes[record.plan.target.runtime]
+            deployed = Deployed(runtime, draft.files, record.plan.target.precision, inputs)
+            return self.outbox.finish(draft, self.carrier.complete(record, deployed, clock), deployed)
+
+        def begin() -> Draft:
+            return self.outbox.resume(waits.number, record.plan, run_id, files)
+
+        told = self._carefully(trial, clock, begin, work, lambda: trial.set_user_attr(OWNER, ""))
+        if told is not None:
+            self._tell(trial, told)
 
     def _ask(self) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
         """The next trial, signed; baselines and uniform plans that are still missing come before the sampler's own."""
@@ -230,45 +314,96 @@ class _Loop:
         self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
         with quiet():
             trial = self.study.ask()
-        trial.set_user_attr("owner", this_process())
+        trial.set_user_attr(OWNER, this_process())
         plan = space.sample(trial)
-        twin = next((t for t in answered(self.study) if t.user_attrs.get("digest") == plan.digest), None)
+        others = (t for t in answered(self.study) if t.number != trial.number)
+        twin = next((t for t in others if t.user_attrs.get("digest") == plan.digest), None)
         trial.set_user_attr("digest", plan.digest)
         return trial, plan, twin
 
     def _one(self, trial: Trial, plan: CompressionPlan) -> None:
         """Carry out and tell, unless a worker that died before it could tell Optuna had measured and recorded it."""
-        record = self.search.tracker.find(self.run, plan.digest) or self._carry_out(trial, plan)
+        record = self._known(plan.digest) or self._carry_out(trial, plan)
         if record is not None:
             self._tell(trial, record)
 
+    def _known(self, digest: str) -> TrialRecord | None:
+        with suppress(Away):
+            return self.search.tracker.find(self.run, digest)
+        return self.outbox.find(digest)
+
     def _carry_out(self, trial: Trial, plan: CompressionPlan) -> TrialRecord | None:
-        """Run the plan with its tracker run open; the one place where any failure of a candidate is caught."""
-        tracker, clock = self.search.tracker, Clock(watch=self._show)
-        judge = self.search.ladder.judge(plan, self.records) if self.search.ladder else None
-        run_id = tracker.start_trial(self.run, trial.number, plan)
-        with tempfile.TemporaryDirectory() as folder, heartbeat(self.study, trial.number):
+        """Run the plan; None where it failed, or where its latency is left to others."""
+        clock, expected = Clock(watch=self._show), self._expected(trial)
+        judge = self.search.ladder.judge(plan, self.records, expected) if self.search.ladder else None
+
+        def work(draft: Draft) -> TrialRecord | None:
+            record, deployed = self.carrier.run(trial.number, plan, draft.files, clock, judge)
+            record = replace(record, expected=expected)
+            if deployed and record.measured and not self._wanted <= {m.name for m in record.measurements}:
+                # The rest only counts on the study's machine.
+                run_id = _patiently(lambda: self.outbox.hand_over(draft, record, deployed))
+                trial.set_user_attr(WAITS, run_id)
+                trial.set_user_attr(OWNER, "")
+                return None
+            return self.outbox.finish(draft, record, deployed)
+
+        def put_back() -> None:
+            trial.set_user_attr(PUT_BACK, True)
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.enqueue_trial(trial.params)
+
+        return self._carefully(trial, clock, lambda: self.outbox.begin(trial.number, plan), work, put_back)
+
+    def _carefully(
+        self,
+        trial: Trial,
+        clock: Clock,
+        begin: Callable[[], Draft],
+        work: Callable[[Draft], TrialRecord | None],
+        put_back: Callable[[], None],
+    ) -> TrialRecord | None:
+        """What came of the work; the one place where any failure of a candidate is caught."""
+        draft = None
+        with heartbeat(self.study, trial.number):
             try:
-                record, deployed = self.carrier.run(trial.number, plan, Path(folder), clock, judge)
-                record = tracker.finish_trial(run_id, replace(record, expected=self._expected(trial)), deployed)
+                draft = begin()
+                record = work(draft)
             except KeyboardInterrupt:
-                tracker.kill_trial(run_id)
-                self.study.tell(trial, state=TrialState.FAIL)
-                self.study.enqueue_trial(trial.params)
+                if draft:
+                    self.outbox.drop(draft)
+                put_back()
                 raise
+            except UpdateFinishedTrialError:
+                # Another worker took this one for dead, and does it again.
+                if draft:
+                    self.outbox.drop(draft)
             except Infeasible as infeasible:
                 # Of the moment, not of the plan: it may be tried again.
-                tracker.fail_trial(run_id, clock.phase, infeasible.reason)
-                trial.set_user_attr("missed", infeasible.reason)
-                self.study.tell(trial, state=TrialState.FAIL)
-                return None
+                self._give_up(trial, draft, "missed", Broken(clock.phase, infeasible.reason, ""))
             except Exception as error:  # noqa: BLE001  recording may fail too, on a full disk; the study goes on
                 broken = error if isinstance(error, Broken) else Broken.of(error, "record")
-                tracker.fail_trial(run_id, broken.stage, f"{broken.details.rstrip()}\n{broken.reason}")
-                trial.set_user_attr("error", f"{broken.stage}: {broken.reason}")
-                self.study.tell(trial, state=TrialState.FAIL)
-                return None
-        return record
+                self.broken.append(f"{broken.stage}: {broken.reason}")
+                self._give_up(trial, draft, "error", broken)
+            else:
+                self.broken.clear()
+                return record
+        return None
+
+    def _give_up(self, trial: Trial, draft: Draft | None, attribute: str, broken: Broken) -> None:
+        missed = attribute == "missed"
+        with suppress(UpdateFinishedTrialError):
+            trial.set_user_attr(attribute, broken.reason if missed else f"{broken.stage}: {broken.reason}")
+            self.study.tell(trial, state=TrialState.FAIL)
+        if draft:
+            # Where the disk is full, the reason is at least in the study.
+            with suppress(OSError):
+                self.outbox.fail(draft, broken.stage, f"{broken.details.rstrip()}\n{broken.reason}".lstrip())
+
+    @property
+    def _wanted(self) -> set[str]:
+        """Names of all metrics of the study."""
+        return {m.name for e in self.search.workbench.evaluators.values() for m in e.metrics()}
 
     def _take(self, records: Sequence[TrialRecord]) -> None:
         """The front is asked for at every phase of a trial, and changes at its end only."""
@@ -276,11 +411,11 @@ class _Loop:
         self.front = self.search.front(self.records)
 
     def _others(self) -> Sequence[TrialRecord]:
-        """The records so far, read again when another worker has told of some that are not among them."""
-        told = {t.number for t in counted(self.study) if t.state is not TrialState.FAIL}
-        if told - {record.number for record in self.records}:
-            return self.search.tracker.records(self.run)
-        return self.records
+        """The records so far, with those that other workers have told of; the tracker is for people to read."""
+        known = {record.plan.digest for record in self.records}
+        told = (t.user_attrs for t in counted(self.study) if RECORD in t.user_attrs)
+        new = [record_from_json(user[RECORD]) for user in told if user["digest"] not in known]
+        return sorted([*self.records, *new], key=lambda record: record.number)
 
     def _expected(self, trial: Trial) -> dict[str, float]:
         """Asked of the storage: the live trial does not see what the sampler wrote."""
@@ -290,7 +425,16 @@ class _Loop:
 
     def _tell(self, trial: Trial, record: TrialRecord) -> None:
         """Values and constraints to Optuna, the standing of the study to the tracker and the watcher."""
-        self._take([*(r for r in self._others() if r.number != record.number), record])
+        self._take([*(r for r in self._others() if r.plan.digest != record.plan.digest), record])
+        with suppress(UpdateFinishedTrialError):
+            # Where another worker took this one for dead, that one tells, with the record that is here.
+            self._answer(trial, record)
+        self._show("")
+        self._log_progress()
+        self._save_front()
+
+    def _answer(self, trial: Trial, record: TrialRecord) -> None:
+        trial.set_user_attr(RECORD, record_to_json(record))
         for name, told in _told(record, [metric.name for metric in self.search.objectives]).items():
             trial.set_user_attr(name, told)
         measured = {m.name for m in record.measurements}
@@ -301,9 +445,6 @@ class _Loop:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, [record.value(metric.name).value for metric in self.search.objectives])
-        self._show("")
-        self._log_progress()
-        self._save_front()
 
     def _tell_again(self, trial: Trial, twin: FrozenTrial) -> None:
         """The same plan gets the same answer, without any work."""
@@ -322,15 +463,29 @@ class _Loop:
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
         self.looked_after = time.perf_counter()
-        with quiet():
-            fail_stale_trials(self.study)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if is_dead(trial, self.search.storage):
+        self._deliver()
+        told = {t.user_attrs.get("digest") for t in counted(self.study)}
+        for trial in dead(self.study):
+            # It may have died after its outcome was recorded, and before it could tell.
+            digest = trial.user_attrs.get("digest", "")
+            record = None if digest in told else self._known(digest)
+            if record:
+                self._answer(Trial(self.study, trial._trial_id), record)
+            else:
                 requeue(self.study, trial.number)
         running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
-        for left in self.search.tracker.open_trials(self.run):
-            if left.number not in running:
-                self.search.tracker.kill_trial(left.run_id)
+        with suppress(Away):
+            for left in self.search.tracker.open_trials(self.run):
+                if left.number not in running:
+                    self.search.tracker.kill_trial(left.run_id)
+
+    def _deliver(self) -> bool:
+        """Send what the tracker was not there for; whether something was still here."""
+        if not self.outbox.waiting:
+            return False
+        sent = {record.plan.digest: record for record in self.outbox.deliver()}
+        self._take([sent.get(record.plan.digest, record) for record in self.records])
+        return True
 
     def _elapsed(self) -> float:
         return self.spent_before + time.perf_counter() - self.began
@@ -352,11 +507,12 @@ class _Loop:
         standing = {
             "trials": len(self.records),
             "front": len(on_front),
-            "workers": 1 + len(at_work(self.study, self.search.storage)),
+            "workers": 1 + len(at_work(self.study)),
             "trials_per_hour": per_hour(counted(self.study)) or 0.0,
             **({} if left is None else {"left_s": left}),
         }
-        self.search.tracker.progress(self.run, len(self.records), {**standing, **best})
+        with suppress(Away):
+            self.search.tracker.progress(self.run, len(self.records), {**standing, **best})
 
     def _save_front(self) -> None:
         """The best so far, on disk and in the tracker: whatever happens next, this is there."""
@@ -366,7 +522,8 @@ class _Loop:
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_text(text)
         fresh.replace(path)
-        self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
+        with suppress(Away):
+            self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
 
 
 def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]:
@@ -385,6 +542,8 @@ def _told(record: TrialRecord, objectives: Sequence[str]) -> dict[str, object]:
         told["infeasible"] = record.infeasible
     if record.stopped is not None:
         told["stopped"] = {"rung": record.stopped.rung, "reason": record.stopped.reason}
+        # Of what was not measured, at least what the stop rests on.
+        known.setdefault(record.stopped.metric, sum(record.stopped.interval) / 2)
         told[PREVIEW] = {name: known[name] for name in objectives if name in known}
     return told
 
@@ -393,27 +552,44 @@ def _open_study(search: Search) -> optuna.Study:
     """Create or load; refuses a study that was begun with anything else than what is at hand now."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(search.storage)
-    study = optuna.create_study(
-        storage=storage,
-        study_name=search.name,
-        directions=[metric.direction for metric in search.objectives],
-        load_if_exists=True,
-    )
-    known = study.user_attrs.get("fingerprint")
-    if known is None:
-        study.set_user_attr("fingerprint", dict(search.fingerprint))
-        with quiet():
-            study.set_metric_names([metric.name for metric in search.objectives])
-    else:
-        refuse_another(search.name, known, search.fingerprint)
-    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
+    with exclusively(search.storage, search.name):
+        study = _begun(search, storage)
+        known = study.user_attrs.get("fingerprint")
+        if known is None:
+            study.set_user_attr("fingerprint", dict(search.fingerprint))
+            with quiet():
+                study.set_metric_names([metric.name for metric in search.objectives])
+        else:
+            refuse_another(search.name, search.begun_with(known), search.begun_with(search.fingerprint))
+        # Two that draw by chance must not draw the same.
+        joined = study.user_attrs.get(JOINED, 0)
+        study.set_user_attr(JOINED, joined + 1)
+    study.sampler = search.sampler(joined)
     return study
 
 
-@contextmanager
-def _host_lock(search: Search) -> Iterator[None]:
-    """Asking and signing a trial is one act among the workers of a host."""
-    search.folder.mkdir(parents=True, exist_ok=True)
-    with (search.folder / f"{search.name}.lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _begun(search: Search, storage: RDBStorage) -> optuna.Study:
+    try:
+        if search.measure != "never":
+            return optuna.create_study(
+                storage=storage,
+                study_name=search.name,
+                directions=[metric.direction for metric in search.objectives],
+                load_if_exists=True,
+            )
+        return optuna.load_study(study_name=search.name, storage=storage)
+    except KeyError:
+        problem = f"is never, and nobody has begun {search.name!r}"
+        raise ConfigError("measure", problem, "start a worker on the machine that measures first") from None
+
+
+def _patiently(action: Callable[[], Returned]) -> Returned:
+    """Wait for a server that is away, as nothing can be done without it."""
+    began = time.monotonic()
+    while True:
+        try:
+            return action()
+        except Away:
+            if time.monotonic() - began > PATIENCE_S:
+                raise
+            time.sleep(IDLE_S)

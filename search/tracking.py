@@ -23,12 +23,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
+import requests
 from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError
 from compressors.plan import CompressionPlan, Scalar
 from evaluators.measurement import Measurement, Metric
-from evaluators.runtime import Deployed, Runtime, TensorSpec
+from evaluators.runtime import Runtime, TensorSpec
+from search import address
 from search.liveness import this_process
 from search.select import shown
 from search.trial import Stop, TrialRecord
@@ -41,7 +43,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 with warnings.catch_warnings():
     # mlflow.pyfunc warns, as it is imported, about the type hints of its own classes.
     warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)
-    import mlflow.artifacts
     import mlflow.pyfunc
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModelOutput, Param, RunTag
@@ -104,7 +105,8 @@ class Tracker:
 
     @cached_property
     def _client(self) -> Any:
-        return MlflowClient(tracking_uri=self.address, registry_uri=self.address)
+        client = MlflowClient(tracking_uri=self.address, registry_uri=self.address)
+        return _Remote(client) if self.is_server else client
 
     # -- Before any work
 
@@ -118,8 +120,9 @@ class Tracker:
         try:
             with _impatient(), self._alone():
                 self._client.search_experiments(max_results=1)
-        except (MlflowException, SQLAlchemyError) as error:
-            raise ConfigError("tracking.uri", f"{self.uri} does not answer ({_reason(error)})", remedy) from error
+        except (Away, MlflowException, SQLAlchemyError) as error:
+            problem = f"{address.shown(self.uri)} does not answer ({_reason(error)})"
+            raise ConfigError("tracking.uri", problem, remedy) from error
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -157,7 +160,8 @@ class Tracker:
         experiments = [experiment.experiment_id for experiment in self._client.search_experiments()]
         parents = self._parents(experiments, name)
         if not parents:
-            raise ConfigError("study", f"{name!r} is not in {self.uri}", "run its search first, or give another name")
+            problem = f"{name!r} is not in {address.shown(self.uri)}"
+            raise ConfigError("study", problem, "run its search first, or give another name")
         return parents[0]
 
     def recognise(self, study: StudyRun, fingerprint: Mapping[str, Scalar], entries: Sequence[str]) -> None:
@@ -193,21 +197,23 @@ class Tracker:
 
         Without the query MLflow opens its pages for language-model applications.
         """
-        base = self.uri.rstrip("/") if self._is_server else f"http://127.0.0.1:{port}"
+        base = address.shown(self.uri).rstrip("/") if self.is_server else f"http://127.0.0.1:{port}"
         query = urlencode({"workflowType": "machine_learning"})
         return f"{base}/#/experiments/{study.experiment_id}/runs/{study.run_id}?{query}"
 
     def ui_command(self, port: int = 5000) -> list[str]:
         """The command that serves a local store's pages on 127.0.0.1."""
-        if self._is_server:
-            raise ConfigError("tracking.uri", f"{self.uri} is a server with pages of its own", "open it in a browser")
+        if self.is_server:
+            problem = f"{address.shown(self.uri)} is a server with pages of its own"
+            raise ConfigError("tracking.uri", problem, "open it in a browser")
         options = {"--backend-store-uri": self.address, "--host": "127.0.0.1", "--port": str(port), "--workers": "1"}
         if self._folder:
             options["--default-artifact-root"] = self._folder.as_uri()
         return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
 
     @property
-    def _is_server(self) -> bool:
+    def is_server(self) -> bool:
+        """Whether it is reached over a network, and may be away."""
         return self.uri.startswith(("http://", "https://"))
 
     def _experiment(self, workload: str) -> str:
@@ -230,7 +236,7 @@ class Tracker:
         tags = {"compareto.study": name, "compareto.role": "study"}
         own = str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
         self._client.log_text(own, json.dumps(dict(fingerprint), indent=1), FINGERPRINT_FILE)
-        self._log_params(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()})
+        self._log(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()}, [], {})
         # Another worker may have done the same at this moment: all settle on the oldest.
         oldest = self._parents([experiment], name)[0]
         if oldest.run_id != own:
@@ -245,7 +251,7 @@ class Tracker:
     # -- One trial
 
     def start_trial(self, study: StudyRun, number: int, plan: CompressionPlan) -> str:
-        """Open a child run with the whole plan before any work on it; returns the run's id."""
+        """Open a child run, with the plan as a file, before any work on it; returns the run's id."""
         tags = {
             "mlflow.parentRunId": study.run_id,
             "compareto.study": study.name,
@@ -256,36 +262,58 @@ class Tracker:
         }
         run = self._client.create_run(study.experiment_id, run_name=f"trial {number}", tags=tags)
         run_id = str(run.info.run_id)
-        self._log_params(run_id, plan_params(plan))
         self._client.log_text(run_id, plan.to_json(), "plan.json")
         return run_id
 
-    def finish_trial(self, run_id: str, record: TrialRecord, deployed: Deployed | None) -> TrialRecord:
+    def open_run(self, study: StudyRun, number: int, plan: CompressionPlan) -> str:
+        """The open run of a trial whose answer got lost on the way, or a new one."""
+        known = (
+            trial.run_id for trial in self.open_trials(study) if (trial.number, trial.digest) == (number, plan.digest)
+        )
+        return next(known, None) or self.start_trial(study, number, plan)
+
+    def finish_trial(
+        self,
+        run_id: str,
+        record: TrialRecord,
+        files: Path | None,
+        inputs: Sequence[TensorSpec] = (),
+        at: float | None = None,
+        ended: bool = True,
+    ) -> TrialRecord:
         """Record what came out, with the deployed files unless it was stopped early, and end the run.
 
-        Gives the record as it is stored, with where the files are.
+        Gives the record as it is stored, with where the files are. Doing it again changes nothing, if `at`, the Unix
+        time of the measurements, is the same. With `ended` false the run stays open: something is still to be measured.
         """
         tags = {}
         if record.stopped is not None:
             tags["compareto.stopped"] = f"{record.stopped.rung}: {record.stopped.reason}"[:TAG_LENGTH]
         if record.infeasible is not None:
             tags["compareto.infeasible"] = record.infeasible[:TAG_LENGTH]
-        if deployed is not None and record.stopped is None:
-            self._client.log_artifacts(run_id, str(deployed.folder), MODEL_FOLDER)
+        if files is not None and record.stopped is None:
+            self._client.log_artifacts(run_id, str(files), MODEL_FOLDER)
             record = replace(record, artifact_uri=f"runs:/{run_id}/{MODEL_FOLDER}")
             counts = Counter(record.kernels.values()).most_common()
             tags["compareto.kernels"] = ", ".join(f"{count} {kernel}" for kernel, count in counts)[:TAG_LENGTH]
-            tags["compareto.inputs"] = json.dumps([asdict(spec) for spec in deployed.inputs])
+            tags["compareto.inputs"] = json.dumps([asdict(spec) for spec in inputs])
         self._client.log_text(run_id, record_to_json(record), RECORD_FILE)
-        self._client.log_batch(run_id, metrics=_logged(_numbers(record), 0), tags=_tags(tags))
-        self._client.set_terminated(run_id)
+        self._log(run_id, plan_params(record.plan), _logged(_numbers(record), 0, at), tags)
+        if ended:
+            self._client.set_terminated(run_id)
         return record
 
-    def fail_trial(self, run_id: str, stage: str, traceback_text: str) -> None:
+    def unmeasured(self, run_id: str) -> tuple[TrialRecord, Path, tuple[TensorSpec, ...]]:
+        """Of a run that `finish_trial` left open: what is known, a temporary copy of its files, and their inputs."""
+        run = self._client.get_run(run_id)
+        record = self._read(run)
+        return record, self.model_folder(record), _inputs(run)
+
+    def fail_trial(self, run_id: str, plan: CompressionPlan, stage: str, traceback_text: str) -> None:
         """Record where and how a trial broke, and end its run as failed."""
         last = traceback_text.strip().rsplit("\n", 1)[-1]
         tags = {"compareto.failed_stage": stage, "compareto.error": last[:TAG_LENGTH]}
-        self._client.log_batch(run_id, tags=_tags(tags))
+        self._log(run_id, plan_params(plan), [], tags)
         self._client.log_text(run_id, traceback_text, "error.txt")
         self._client.set_terminated(run_id, status="FAILED")
 
@@ -327,13 +355,15 @@ class Tracker:
 
     def model_folder(self, record: TrialRecord) -> Path:
         """The deployed files: in place where the store is local, else a temporary copy."""
-        uri = f"{self._client.get_run(_run_id(record)).info.artifact_uri}/{MODEL_FOLDER}"
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self.uri))
+        return Path(self._client.download_artifacts(_run_id(record), MODEL_FOLDER))
 
-    def _log_params(self, run_id: str, params: Mapping[str, Scalar]) -> None:
+    def _log(self, run_id: str, params: Mapping[str, Scalar], metrics: Sequence[Any], tags: Mapping[str, str]) -> None:
+        """In one call, unless there are more params than one takes."""
         entries = [Param(key, str(value)[:VALUE_LENGTH]) for key, value in params.items()]
-        for start in range(0, len(entries), PARAMS_PER_CALL):
-            self._client.log_batch(run_id, params=entries[start : start + PARAMS_PER_CALL])
+        first, rest = entries[:PARAMS_PER_CALL], entries[PARAMS_PER_CALL:]
+        self._client.log_batch(run_id, metrics=metrics, params=first, tags=_tags(tags))
+        for start in range(0, len(rest), PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=rest[start : start + PARAMS_PER_CALL])
 
     def _children(self, study: StudyRun, status: str, more: str = "") -> Iterator[Any]:
         query = f"tags.`mlflow.parentRunId` = '{study.run_id}' and attributes.status = '{status}'{more}"
@@ -387,8 +417,7 @@ class Tracker:
 
     def _new_version(self, study: StudyRun, record: TrialRecord, runtime: Runtime) -> str:
         run_id = _run_id(record)
-        specs = json.loads(self._client.get_run(run_id).data.tags["compareto.inputs"])
-        inputs = tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in specs)
+        inputs = _inputs(self._client.get_run(run_id))
         tags = {"compareto.digest": record.plan.digest, "compareto.number": str(record.number)}
         logged = self._client.create_logged_model(
             study.experiment_id, name=f"{study.name}-trial-{record.number}", source_run_id=run_id, tags=tags
@@ -524,8 +553,13 @@ def _summary(record: TrialRecord) -> str:
     return f"trial {record.number} on {record.plan.target.runtime} {record.plan.target.precision}: {values}"
 
 
-def _logged(metrics: Mapping[str, float], step: int) -> list[Any]:
-    now = int(time.time() * 1000)
+def _inputs(run: Any) -> tuple[TensorSpec, ...]:
+    specs = json.loads(run.data.tags["compareto.inputs"])
+    return tuple(TensorSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in specs)
+
+
+def _logged(metrics: Mapping[str, float], step: int, at: float | None = None) -> list[Any]:
+    now = int((at or time.time()) * 1000)
     return [LoggedMetric(name, float(value), now, step) for name, value in metrics.items()]
 
 
@@ -561,9 +595,42 @@ def _check_writable(folder: Path) -> None:
 def _reason(error: Exception) -> str:
     """One line: what a server or database said, or for a refused connection, a page of text, only its kind."""
     behind = error.__cause__ or error.__context__
-    if behind is not None and isinstance(error, MlflowException):
+    if behind is not None and isinstance(error, MlflowException | Away):
         return type(behind).__name__
     return str(error).strip().split("\n", 1)[0][:200]
+
+
+class Away(Exception):
+    """The server does not answer; what was to be recorded can be recorded later."""
+
+
+class _Remote:
+    """An `MlflowClient` of which every call may raise `Away`."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        # MLflow would try for minutes, while whoever calls has better things to do.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except (MlflowException, requests.RequestException) as error:
+                if not _is_away(error):
+                    raise
+                raise Away(f"the MLflow server does not answer: {_reason(error)}") from error
+
+        return call
+
+
+def _is_away(error: BaseException) -> bool:
+    """No connection, or a server that is there without its database; not what it refuses for a reason."""
+    if isinstance(error, MlflowException) and error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+        return True
+    return isinstance(error, requests.ConnectionError | requests.Timeout)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 
 from compressors.errors import Infeasible
-from compressors.pipeline import Artifact, Batch, Compressor, Context, compress, prefix_of
-from compressors.plan import CompressionPlan, Scalar, Settings, Target
+from compressors.pipeline import Achieved, Artifact, Batch, Compressor, Context, compress, loss_after, prefix_of
+from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.teacher import Remembered
 from evaluators.divergence import Divergence
-from evaluators.evaluation import Evaluator, Examples, Gradual
+from evaluators.evaluation import Evaluator, Examples, Gradual, OfMachine
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search.cache import Cache
@@ -111,6 +111,25 @@ class Look:
         return tuple({**self.previews, **self.final}.values())
 
 
+@dataclass(frozen=True)
+class Midway:
+    """A candidate whose training has got to `done` of `wanted`, values of the method's deciding `key`, at this loss."""
+
+    method: str
+    key: str
+    done: Scalar
+    wanted: Scalar
+    loss: float
+
+
+class GivenUp(Exception):
+    """Ends a candidate between two rounds of its training."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.reason)
+        self.stop = stop
+
+
 class Judge(Protocol):
     """Decides after every rung whether a candidate is worth more work."""
 
@@ -124,6 +143,9 @@ class Judge(Protocol):
 
     def verdict(self, look: Look) -> Stop | None:
         """Why to stop here, or None to go on."""
+
+    def midway(self, at: Midway) -> Stop | None:
+        """The same of a candidate that is still being trained."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +184,13 @@ class Workbench:
         measurements: tuple[Measurement, ...] = ()
         kernels: Mapping[str, str] = {}
         try:
-            artifact, deployed = self.realise(plan, folder, clock)
+            artifact, deployed = self.realise(plan, folder, clock, judge)
             measurements, stopped = self._climb(deployed, reference, examples, clock, judge)
             if stopped is None:
                 with clock.timed("kernels"):
                     kernels = deployed.runtime.kernels(deployed)
+        except GivenUp as given_up:
+            stopped = given_up.stop
         except Infeasible as infeasible:
             if infeasible.transient:
                 raise
@@ -185,15 +209,41 @@ class Workbench:
         )
         return record, deployed
 
-    def realise(self, plan: CompressionPlan, folder: Path, clock: Clock) -> tuple[Artifact, Deployed]:
-        """Compress and deploy; `folder` must be empty."""
-        context = self._context(clock)
+    def realise(
+        self, plan: CompressionPlan, folder: Path, clock: Clock, judge: Judge | None = None
+    ) -> tuple[Artifact, Deployed]:
+        """Compress and deploy; `folder` must be empty. Raises `GivenUp` when a `judge` stops the training."""
+        context = self._context(clock, judge)
         with self.store.in_use(prefix_of(plan, self.compressors)) if self.store else nullcontext():
             with clock.timed("compress"):
                 artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
             with clock.timed("deploy"):
                 deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
         return artifact, deployed
+
+    def complete(
+        self, record: TrialRecord, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock
+    ) -> TrialRecord:
+        """Measure what a record from another machine lacks, which is what only counts where the study measures."""
+        known = {m.name: m for m in record.measurements}
+        for name, evaluator in self.evaluators.items():
+            if not {metric.name for metric in evaluator.metrics()} <= known.keys():
+                with clock.timed(name):
+                    known |= {m.name: m for m in evaluator.measure(deployed, reference, examples)}
+        with clock.timed("kernels"):
+            kernels = deployed.runtime.kernels(deployed)
+        return replace(
+            record,
+            measurements=self._in_order(known),
+            seconds={**record.seconds, **clock.seconds},
+            environment=self.environment,
+            kernels=kernels,
+        )
+
+    def elsewhere(self) -> "Workbench":
+        """The same on another machine than the study's: without what only counts there."""
+        evaluators = {name: e for name, e in self.evaluators.items() if not isinstance(e, OfMachine)}
+        return replace(self, evaluators=evaluators)
 
     def reference(self, target: Target, clock: Clock) -> Deployed:
         """The uncompressed model at `target`, kept in the cache: what latencies are ratios to."""
@@ -228,11 +278,13 @@ class Workbench:
             stop = judge.verdict(look) if judge else None
             if stop:
                 break
-        known = {m.name: m for m in look.known}
+        return self._in_order({m.name: m for m in look.known}), stop
+
+    def _in_order(self, known: Mapping[str, Measurement]) -> tuple[Measurement, ...]:
         order = [
             metric.name for evaluator in (*self.evaluators.values(), Divergence()) for metric in evaluator.metrics()
         ]
-        return tuple(known[name] for name in order if name in known), stop
+        return tuple(known[name] for name in order if name in known)
 
     def _looks(
         self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock, judge: Judge | None
@@ -291,12 +343,18 @@ class Workbench:
         for evaluator in self.evaluators.values():
             evaluator.close()
 
-    def _context(self, clock: Clock) -> Context:
+    def _context(self, clock: Clock, judge: Judge | None) -> Context:
         splits = self.workload.splits
 
         def train() -> Iterator[Batch]:
             for inputs, target in splits.train.batches(self.batch, shuffle=True):
                 yield (tuple(map(splits.augment, inputs)) if splits.augment else inputs), target
+
+        def between_rounds(step: Step, achieved: Achieved) -> None:
+            at = self._midway(step, achieved)
+            stop = judge.midway(at) if judge and at else None
+            if stop:
+                raise GivenUp(stop)
 
         return Context(
             teacher=self.workload.model,
@@ -306,4 +364,12 @@ class Workbench:
             loss=self.workload.task.loss,
             progress=lambda text: clock.watch(f"{clock.phase}: {text}"),
             answers=self._teacher,
+            between_rounds=between_rounds,
         )
+
+    def _midway(self, step: Step, achieved: Achieved) -> Midway | None:
+        key, reported = self.compressors[step.method].off[0], achieved[""]
+        # A cache may hold the weights of a round from before losses were reported.
+        if loss_after(reported[key]) not in reported:
+            return None
+        return Midway(step.method, key, reported[key], step.shared[key], float(reported[loss_after(reported[key])]))

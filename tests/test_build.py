@@ -138,6 +138,21 @@ def test_a_recorded_study_is_read_with_the_folders_at_hand(store: Path) -> None:
     assert again.tracking.uri == f"sqlite:///{store}/elsewhere/mlflow.db"
 
 
+def test_what_is_kept_names_the_variable_and_not_the_password(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKING", f"sqlite:///{store}/mlflow.db")
+    search = built(store, "tracking.uri=${oc.env:TRACKING}")
+    assert "uri: ${oc.env:TRACKING}" in search.config
+    assert search.tracker.uri == f"sqlite:///{store}/mlflow.db"
+    assert OmegaConf.create(search.config).storage.url == f"sqlite:///{store}/optuna.db"
+
+
+@pytest.mark.parametrize("path", ["storage.url", "tracking.uri"])
+def test_a_password_that_was_written_down_is_refused(store: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{path}: has a password") as refused:
+        built(store, f"{path}=postgresql+psycopg://me:hunter2@127.0.0.1/x")
+    assert "hunter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

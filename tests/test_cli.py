@@ -124,7 +124,13 @@ OPTIONS = {
     "a tolerance that the sampler refuses": ("sampler.tolerance=0", "sampler.tolerance: is 0; give"),
     "an unknown argument of an evaluator": ("+evaluator.latency.fall=1", "evaluator.latency: "),
     "a sampler that does not exist": ("sampler._target_=optuna.samplers.Nothing", "sampler: Error loading"),
-    "an address left open": ("storage=rdb", "storage.url: is not set"),
+    "an address that the environment lacks": ("storage=postgresql", "COMPARETO_STORAGE"),
+    "a password on the command line": (
+        "storage.url=postgresql+psycopg://me:secret@127.0.0.1/x",
+        "storage.url: has a password in it",
+    ),
+    "a storage that forgets the dead": ("storage.url=grpc://127.0.0.1:1", "never take up the trial of a worker"),
+    "a measure that is none": ("measure=sometimes", "measure: is 'sometimes'"),
     "a folder left open": ("data=image_folder", "data.folder: is not set"),
     "a folder of results below a file": ("folder=/dev/null/x", "/dev/null/x cannot be written"),
     "a cache below a file": ("cache=/dev/null/x", "set cache=DIRECTORY"),
@@ -186,7 +192,7 @@ def test_nan_in_the_data_is_found(monkeypatch: pytest.MonkeyPatch, refused: Refu
     assert "example 0 holds NaN or infinity" in refused()
 
 
-@pytest.mark.parametrize("url", ["sqlite:////dev/null/x/o.db", "postgresql+nodriver://nobody@127.0.0.1:1/x", "what"])
+@pytest.mark.parametrize("url", ["sqlite:////dev/null/x/o.db", "postgresql+nodriver://nobody@127.0.0.1:1/x"])
 def test_a_storage_that_cannot_be_opened_is_named(url: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     from search import study
 
@@ -228,7 +234,9 @@ def test_the_usage_names_every_command(
 ) -> None:
     assert command(*words) == code
     said = capsys.readouterr().out
-    assert all(f"\n  {verb} " in said for verb in ("search", "select", "reproduce", "status", "stop", "ui", "doctor"))
+    assert all(
+        f"\n  {verb} " in said for verb in ("search", "worker", "select", "reproduce", "status", "stop", "ui", "doctor")
+    )
 
 
 @pytest.mark.parametrize("others", [0, 2])
@@ -236,15 +244,28 @@ def test_of_a_sweep_the_last_worker_concludes(
     others: int, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     concluded: list[object] = []
-    monkeypatch.setattr("search.workers.run", lambda *_: SimpleNamespace(others=others))
-    monkeypatch.setattr("search.__main__.conclude", lambda *_: concluded.append(1) or concluded)  # type: ignore[func-returns-value]
+    words = ("search", "model.checkpoint=fits.safetensors")
+    ended = SimpleNamespace(others=others, records=(1, 2, 3), ended="budget spent")
+
+    def begun(job: Search, _watch: object) -> SimpleNamespace:
+        study = optuna.create_study(study_name=job.name, storage=job.storage, load_if_exists=True)
+        assert study.study_name == "resnet20-digits"
+        return ended
+
+    monkeypatch.setattr("search.workers.run", begun)
+    for module in ("search.__main__", "search.conclude"):
+        monkeypatch.setattr(f"{module}.conclude", lambda *_: concluded.append(1) or concluded)  # type: ignore[func-returns-value]
     monkeypatch.setattr("search.__main__.show", lambda _conclusion, console: console.print("the front"))
-    assert command("search", "model.checkpoint=fits.safetensors", "worker=1") == 0
-    said = capsys.readouterr().out
+    assert command(*words, "worker=1") == 0
     assert len(concluded) == (0 if others else 1)
-    assert ("2 others are still at a trial" in said) == bool(others)
+    assert ("another worker chooses and draws" in capsys.readouterr().out) == bool(others)
+    assert command(*words, "worker=2") == 0
+    assert len(concluded) == (0 if others else 1), "the same trials are concluded once"
+    ended.records = (1, 2, 3, 4)
+    assert command(*words, "worker=1") == 0
+    assert len(concluded) == (0 if others else 2)
     concluded.clear()
-    assert command("search", "model.checkpoint=fits.safetensors") == 0
+    assert command(*words) == 0
     assert concluded, "a search that is no worker of a sweep draws whatever there is"
 
 

@@ -1,6 +1,7 @@
 """What every compressor in conf/compressor must keep on every small net; a new one is tested without an edit here."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +17,7 @@ from torch import nn
 import conf
 from compressors.errors import Infeasible
 from compressors.layers import read_layers
-from compressors.pipeline import Artifact, Compressor, Growing, Removing, Stage, compress
+from compressors.pipeline import Artifact, Compressor, Growing, Removing, Stage, compress, loss_after
 from compressors.plan import CompressionPlan, Scalar, Step, Target
 from tests.context import make_context
 from tests.zoo import NETS, build, images
@@ -224,7 +225,10 @@ def test_more_recovery_goes_on_from_less(name: str, net: str) -> None:
         # What another process would find: the state, and nothing else.
         taken_up = build(net, seed=1)
         taken_up.load_state_dict(made.state_dict())
-        compressor.advance(taken_up, end, since, context, 3)
+        reported = compressor.advance(taken_up, end, since, context, 3).achieved[""]
+        key = compressor.off[0]
+        assert reported[key] == end.shared[key]
+        assert math.isfinite(float(reported[loss_after(reported[key])]))
         made, since = taken_up, end
     assert same_state(made, whole)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose as compose_all
+from hydra import initialize_config_module
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,9 +19,15 @@ from evaluators.measurement import Metric
 from search.build import compose
 
 CONF = Path(conf.__file__).parent
+LAUNCHERS = {
+    "many_processes": "hydra_plugins.hydra_joblib_launcher",
+    "background": "hydra_plugins.hydra_submitit_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "ray_cluster": "hydra_plugins.hydra_ray_launcher",
+}
 NODES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LISTS = ("compressor", "runtime", "evaluator")
-MANDATORY = {"image_folder": ["data.folder=x"], "rdb": ["storage.url=x"]}
+MANDATORY = {"image_folder": ["data.folder=x"], "postgresql": ["storage.url=x"]}
 
 
 def nodes(group: str) -> list[str]:
@@ -121,7 +129,8 @@ def test_the_defaults_are_the_search_that_is_documented() -> None:
 
 def test_every_group_is_in_the_defaults_list() -> None:
     text = (CONF / "config.yaml").read_text()
-    groups = {path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    # Those below hydra/ are for Hydra's own group, whose default is its own, too.
+    groups = {path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] != "_"} - {"hydra"}
     assert all(f"{group}: " in text for group in groups)
 
 
@@ -137,7 +146,16 @@ def test_the_yaml_files_travel_with_the_package() -> None:
     settings = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "conf" in settings["packages"]
     (pattern,) = settings["package-data"]["conf"]
-    assert {(p.parent.name, p.stem) for p in CONF.glob(pattern)} == {*NODES, ("conf", "config")}
+    found = {(p.parent.name, p.stem) for p in CONF.glob(pattern)}
+    assert found == {*NODES, *(("launcher", name) for name in LAUNCHERS), ("conf", "config")}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_setting_of_a_launcher_is_one_that_it_takes(name: str) -> None:
+    pytest.importorskip(LAUNCHERS[name])
+    with initialize_config_module("conf", version_base="1.3"):
+        launcher = compose_all("config", [f"hydra/launcher={name}"], return_hydra_config=True).hydra.launcher
+    assert "Launcher" in launcher._target_
 
 
 def _values(entry: dict[str, Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from evaluators.measurement import Measurement, Metric, exact
 from search import ladder as module
 from search.ladder import Judge, Ladder, best_case
 from search.select import Bound, front_of
-from search.trial import Look, Stop, TrialRecord
+from search.trial import Look, Midway, Stop, TrialRecord
 
 ACCURACY = Metric("accuracy", "share", "maximize")
 SIZE = Metric("size_bytes", "bytes", "minimize")
@@ -203,6 +203,87 @@ def lesson(number: int, loss: float, accuracy: float) -> TrialRecord:
     return record(number, 0, 1, 1, measurements=measured)
 
 
+# -- Between two rounds of training
+
+EXPECTED = {"accuracy": 0.9, "latency_ratio": 0.5, "size_bytes": 2000.0}
+
+
+def student(number: int, loss: float, accuracy: float, slower: float = 1.0, **epochs: int) -> TrialRecord:
+    """Trained for eight epochs, with this loss after four; `slower` than the half that was expected."""
+    ratio = 0.5 * slower
+    measured = (
+        exact(ACCURACY, accuracy),
+        Measurement(RATIO, ratio, (0.94 * ratio, 1.06 * ratio), 24),
+        exact(SIZE, 2000.0),
+    )
+    reported = {"epochs": 8, "loss_after_4": loss, "loss": loss / 2, **epochs}
+    return record(number, 0, 1, 1, measurements=measured, achieved={"distill": {"": reported}}, expected=EXPECTED)
+
+
+def midway(loss: float, done: int = 4) -> Midway:
+    return Midway("distill", "epochs", done, 8, loss)
+
+
+def halfway(
+    students: list[TrialRecord], at: Midway, expected: dict[str, float] = EXPECTED, **changes: Any
+) -> Stop | None:
+    made = replace(LADDER, **changes).judge(PRUNED, [BASE, GOOD, *students], expected)
+    assert made is not None
+    return made.midway(at)
+
+
+POOR = [student(n, 0.5, round(0.9 - n / 1000, 3)) for n in range(2, 81)]
+
+
+def test_training_stops_where_all_who_did_no_worse_came_to_nothing() -> None:
+    stop = halfway(POOR, midway(0.6))
+    assert stop is not None
+    assert (stop.rung, stop.metric, stop.interval) == ("training 4 of 8", "accuracy", (0.82, 0.898))
+    assert stop.reason == "none of 79 that did no worse by then would join the front in its place"
+
+
+@pytest.mark.parametrize(
+    ("students", "at", "expected"),
+    [
+        pytest.param(POOR[1:], midway(0.6), EXPECTED, id="too few"),
+        pytest.param(POOR, midway(0.4), EXPECTED, id="ahead of them"),
+        pytest.param(POOR, midway(0.6, done=2), EXPECTED, id="too early"),
+        pytest.param(POOR, midway(0.6), {**EXPECTED, "latency_ratio": 0.1}, id="expected to be faster than all"),
+        pytest.param(POOR, midway(0.6), {}, id="its costs are anybody's guess"),
+        pytest.param([*POOR[1:], student(90, 0.5, 0.99)], midway(0.6), EXPECTED, id="one did well"),
+        pytest.param([*POOR[1:], student(90, 0.5, 0.9, 0.3)], midway(0.6), EXPECTED, id="one was much faster"),
+        pytest.param([replace(r, achieved={}) for r in POOR], midway(0.6), EXPECTED, id="not trained"),
+        pytest.param([student(n, 0.5, 0.9, epochs=16) for n in range(2, 81)], midway(0.6), EXPECTED, id="for longer"),
+    ],
+)
+def test_training_goes_on_where_it_may_lead_somewhere(
+    students: list[TrialRecord], at: Midway, expected: dict[str, float]
+) -> None:
+    assert halfway(students, at, expected) is None
+
+
+def test_a_bound_on_quality_needs_no_costs() -> None:
+    bounds = (Bound("accuracy", 0.95),)
+    assert halfway(POOR, midway(0.6), {}, bounds=bounds) is not None
+    assert halfway([*POOR[1:], student(90, 0.5, 0.96)], midway(0.6), {}, bounds=bounds) is None
+
+
+def test_training_is_stopped_wrongly_no_more_often_than_one_look_may_be() -> None:
+    """Of trainings whose outcomes are drawn alike, on a front that some of them would join."""
+    rng = np.random.default_rng(3)
+    wrong = stopped = 0
+    for _ in range(400):
+        quality = rng.uniform(0.9, 0.97) - np.abs(rng.normal(0, 0.02, size=81))
+        slower = np.exp(rng.normal(-0.3, 0.2, size=81))
+        everybody = [student(n + 2, 0.5, *pair) for n, pair in enumerate(zip(quality, slower, strict=True))]
+        *others, candidate = everybody
+        if halfway(others, midway(0.5)):
+            stopped += 1
+            wrong += not judge(BASE, GOOD)._worthless({m.name: m for m in candidate.measurements})
+    assert stopped > 50
+    assert wrong / 400 <= LADDER.error_per_look
+
+
 # -- Each reason on its own
 
 
@@ -282,15 +363,15 @@ def test_the_proxy_stops_a_candidate_where_the_other_objectives_are_exact() -> N
 
 
 def test_a_short_history_promises_nothing() -> None:
-    history = [lesson(n, 0.001 * n, 0.9) for n in range(60)]
-    assert judge(*history[:58]).promise(1.0) is None
-    promised = judge(*history[:59]).promise(1.0)
+    history = [lesson(n, 0.001 * n, 0.9) for n in range(80)]
+    assert judge(*history[:78]).promise(1.0) is None
+    promised = judge(*history[:79]).promise(1.0)
     assert promised is not None
     assert promised.value == 0.9
 
 
 def test_of_a_promise_and_a_preview_the_tighter_one_counts() -> None:
-    history = [BASE, *(lesson(n, 0.001 * n, 0.7) for n in range(2, 80)), GOOD]
+    history = [BASE, *(lesson(n, 0.001 * n, 0.7) for n in range(2, 90)), GOOD]
     assert judge(BASE, GOOD).verdict(seen(0.95, 0.8, loss=1.0)) is None
     assert judge(*history).verdict(seen(0.95, 0.8, loss=1.0)) is not None
 

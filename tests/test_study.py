@@ -4,24 +4,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from compressors.errors import ConfigError, Infeasible
+from evaluators.measurement import Measurement, Metric
+from search import study as module
 from search.conclude import conclude
 from search.ladder import Ladder
-from search.liveness import this_process
+from search.liveness import _started, this_process
 from search.sampler import REMAINING
 from search.select import Bound
-from search.storage import at_work, spent_s
-from search.study import Budget, Progress, Search, run
-from tests.studies import Gradually, make_search, quiet, refuse
+from search.storage import RETRIES, at_work, failed, open_storage, requeue, spent_s, state
+from search.study import Budget, Outcome, Progress, Search, run
+from search.tracking import Away, Tracker
+from search.trial import TrialRecord
+from tests.studies import ACCURACY, RATIO, Counting, Gradually, make_search, quiet, refuse
 
 
 def optuna_trials(folder: Path, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -150,7 +154,7 @@ def test_a_killed_process_loses_nothing_but_its_running_trial(store: Path, tmp_p
 def test_work_recorded_by_a_process_that_died_before_telling_is_not_done_again(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from search import study as module
+    from search import storage
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -159,7 +163,7 @@ def test_work_recorded_by_a_process_that_died_before_telling_is_not_done_again(
         patch.setattr(module._Loop, "_tell", dies)
         run(make_search(store, 2), quiet)
     assert optuna_trials(store)[0].state is TrialState.RUNNING
-    monkeypatch.setattr(module, "is_dead", lambda *_: True)
+    monkeypatch.setattr(storage, "is_gone", lambda *_: True)
     deployed: list[int] = []
     outcome = run(make_search(store, 2, deployed.append), quiet)
     assert len(outcome.records) == 2
@@ -348,7 +352,7 @@ def test_a_trial_of_another_live_process_is_at_work_and_one_of_a_dead_process_is
     study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
     host, pid, started = this_process().rsplit(":", 2)
     study.ask().set_user_attr("owner", f"{host}:{pid}:{int(started) + 1}")
-    assert at_work(study, f"sqlite:///{store}/optuna.db") == []
+    assert at_work(study) == []
     study.ask().set_user_attr("owner", this_process())
     assert run(make_search(store, 2), quiet).others == 1
 
@@ -363,3 +367,187 @@ def test_time_in_which_several_workers_were_at_it_counts_once(store: Path) -> No
             setattr(trial, name, began + since)
         study.add_trial(trial)
     assert spent_s(study) == pytest.approx(13)
+
+
+# -- Workers that leave and take over
+
+
+def timed(store: Path, trials: int, **changes: Any) -> Search:
+    """Its latency only counts on the study's machine."""
+    search = make_search(store, trials, **changes)
+    bench = replace(search.workbench, evaluators={"judging": Judging(), "timing": Timing()})
+    return replace(search, workbench=bench)
+
+
+@dataclass(frozen=True)
+class Judging(Counting):
+    """Half of what counting measures, anywhere."""
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return (ACCURACY,)
+
+    def measure(self, *given: Any) -> tuple[Measurement, ...]:
+        return tuple(super().measure(*given))[:1]
+
+
+@dataclass(frozen=True)
+class Timing(Counting):
+    """The other half."""
+
+    of_machine: ClassVar[bool] = True
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return (RATIO,)
+
+    def measure(self, *given: Any) -> tuple[Measurement, ...]:
+        return tuple(super().measure(*given))[1:]
+
+
+def test_a_worker_elsewhere_leaves_latency_to_one_on_the_studys_machine(store: Path) -> None:
+    run(timed(store, 1), quiet)
+    elsewhere = timed(store, 4, measure="never", fingerprint={**make_search(store, 1).fingerprint, "cpu": "another"})
+    ended = run(elsewhere, quiet)
+    assert ended.ended == "budget spent: 1 of 4 trials"
+    assert ended.others == 0
+    assert len(ended.records) == 1
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    waits = [t for t in study.trials if t.state is TrialState.RUNNING]
+    assert [state(t) for t in waits] == 3 * ["waiting to be measured"]
+    assert len({r.plan.digest for r in waiting_records(elsewhere, ended)}) == 3
+
+    deployed: list[int] = []
+    outcome = run(timed(store, 4, before=deployed.append, measure="only"), quiet)
+    assert deployed == [0], "only the reference is deployed: the files came with the trials"
+    assert len(outcome.records) == 4
+    assert all({"accuracy", "latency_ratio"} <= {m.name for m in r.measurements} for r in outcome.records)
+    assert {t.state for t in optuna_trials(store)} == {TrialState.COMPLETE}
+    assert elsewhere.tracker.open_trials(outcome.study) == []
+
+
+def waiting_records(search: Search, outcome: Outcome) -> list[TrialRecord]:
+    open_trials = search.tracker.open_trials(outcome.study)
+    return sorted((search.tracker.unmeasured(t.run_id)[0] for t in open_trials), key=lambda r: r.number)
+
+
+def test_a_worker_that_does_both_takes_what_waits_first(store: Path) -> None:
+    run(timed(store, 1), quiet)
+    run(timed(store, 3, measure="never"), quiet)
+    outcome = run(timed(store, 4), quiet)
+    assert len(outcome.records) == 4
+    assert {t.state for t in optuna_trials(store)} == {TrialState.COMPLETE}
+
+
+def test_trials_that_wait_do_not_go_stale(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(timed(store, 1), quiet)
+    run(timed(store, 2, measure="never"), quiet)
+    storage = open_storage(f"sqlite:///{store}/optuna.db")
+    study = optuna.load_study(study_name="test", storage=storage)
+    waits = next(t for t in study.trials if t.state is TrialState.RUNNING)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+    assert waits._trial_id in storage._get_stale_trial_ids(study._study_id)
+    run(timed(store, 2, measure="never"), quiet)
+    assert study.trials[waits.number].state is TrialState.RUNNING
+    assert len(run(timed(store, 2), quiet).records) == 2
+
+
+def test_a_worker_elsewhere_begins_no_study(store: Path) -> None:
+    with pytest.raises(ConfigError, match="nobody has begun 'test'"):
+        run(timed(store, 2, measure="never"), quiet)
+
+
+def test_a_worker_elsewhere_still_needs_the_same_model(store: Path) -> None:
+    run(timed(store, 1), quiet)
+    other = {**make_search(store, 1).fingerprint, "model": "b"}
+    with pytest.raises(ConfigError, match="model was a, is b"):
+        run(timed(store, 2, measure="never", fingerprint=other), quiet)
+
+
+def test_the_last_worker_stays_until_the_budget_is_met(store: Path) -> None:
+    """Another one is at the last trial, and dies."""
+    run(make_search(store, 2), quiet)
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    trial = study.ask(fixed_distributions=study.trials[1].distributions)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    host, *_ = this_process().rsplit(":", 2)
+    trial.set_user_attr("owner", f"{host}:{sleeper.pid}:{_started(sleeper.pid)}")
+    phases: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        phases.append(progress.phase)
+        if progress.phase == "waiting for other workers" and sleeper.poll() is None:
+            sleeper.kill()
+            sleeper.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HEARTBEAT_S", 0.1)
+        patch.setattr(module, "IDLE_S", 0.2)
+        outcome = run(make_search(store, 3), watch)
+    assert "waiting for other workers" in phases
+    assert len(outcome.records) == 3
+    assert study.trials[trial.number].state is TrialState.FAIL
+
+
+def test_a_trial_whose_processes_keep_dying_is_given_up_and_counts(store: Path) -> None:
+    run(make_search(store, 2), quiet)
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    distributions = study.trials[1].distributions
+    study.enqueue_trial(study.trials[1].params | {next(iter(distributions)): 32})
+    for life in range(1 + RETRIES):
+        trial = study.ask(fixed_distributions=distributions)
+        trial.set_user_attr("digest", "always the same")
+        assert not failed(study.trials[trial.number])
+        requeue(study, trial.number)
+        assert failed(study.trials[trial.number]) == (life == RETRIES)
+    assert not [t for t in study.trials if t.state is TrialState.WAITING]
+    assert len(run(make_search(store, 4), quiet).records) == 3
+
+
+def test_where_everything_breaks_the_worker_ends_and_says_why(store: Path) -> None:
+    def broken(count: int) -> None:
+        if count:
+            raise OSError(28, "No space left on device")
+
+    outcome = run(make_search(store, 50, broken), quiet)
+    assert (
+        outcome.ended == "10 trials in a row broke, the last one in deploy: OSError: [Errno 28] No space left on device"
+    )
+    assert len(outcome.records) == 1
+
+
+def test_a_server_that_is_away_stops_nobody(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone after the second trial, back after the fifth."""
+    search = make_search(store, 6)
+    monkeypatch.setattr(module, "IDLE_S", 0.05)
+    gone: list[bool] = []
+    names = (
+        "start_trial",
+        "finish_trial",
+        "kill_trial",
+        "find",
+        "open_trials",
+        "progress",
+        "log_study_text",
+        "records",
+    )
+    for name in names:
+        monkeypatch.setattr(Tracker, name, _unless(gone, getattr(Tracker, name)))
+
+    def watch(progress: Progress) -> None:
+        if not progress.phase:
+            gone[:] = [True] if 2 <= progress.done < 5 else []
+
+    outcome = run(search, watch)
+    assert len(outcome.records) == len({r.plan.digest for r in outcome.records}) == 6
+    assert all(record.artifact_uri for record in outcome.records)
+    assert search.tracker.open_trials(outcome.study) == []
+    assert not list((store / "test" / "outbox").iterdir())
+
+
+def _unless(gone: list[bool], method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if gone:
+            raise Away("gone")
+        return method(*args, **kwargs)
+
+    return call

@@ -106,7 +106,8 @@ def study(tracker: Tracker) -> StudyRun:
 
 def finish(tracker: Tracker, study: StudyRun, made: TrialRecord, folder: Path) -> TrialRecord:
     run_id = tracker.start_trial(study, made.number, made.plan)
-    tracker.finish_trial(run_id, made, deployed(folder))
+    made_files = deployed(folder)
+    tracker.finish_trial(run_id, made, made_files.folder, made_files.inputs)
     found = tracker.find(study, made.plan.digest)
     assert found is not None
     return found
@@ -192,12 +193,23 @@ def test_more_params_than_one_call_takes(tracker: Tracker, study: StudyRun) -> N
         Target("numpy", "fp32"), (Step("quantize", {f"layer.{i}": {"bits": 8} for i in range(250)}),)
     )
     run_id = tracker.start_trial(study, 0, wide)
+    tracker.finish_trial(run_id, replace(record(0, infeasible="too wide"), plan=wide), None)
     assert len(tracker._client.get_run(run_id).data.params) == 253
+
+
+def test_recording_the_same_again_changes_nothing(tracker: Tracker, study: StudyRun, tmp_path: Path) -> None:
+    made, files = record(), deployed(tmp_path / "deployed")
+    run_id = tracker.start_trial(study, made.number, made.plan)
+    stored = [tracker.finish_trial(run_id, made, files.folder, files.inputs, at=1000.0) for _ in range(2)]
+    assert stored[0] == stored[1]
+    assert tracker.records(study) == [stored[0]]
+    name = made.measurements[0].name
+    assert len(tracker._client.get_metric_history(run_id, name)) == 1
 
 
 def test_leftovers_of_a_crash_are_found_and_closed(tracker: Tracker, study: StudyRun) -> None:
     left = [tracker.start_trial(study, number, plan()) for number in (0, 1)]
-    tracker.fail_trial(left[0], "deploy", "Traceback\n  ...\nValueError: broken")
+    tracker.fail_trial(left[0], plan(), "deploy", "Traceback\n  ...\nValueError: broken")
     (open_trial,) = tracker.open_trials(study)
     assert (open_trial.run_id, open_trial.number, open_trial.digest) == (left[1], 1, plan().digest)
     assert open_trial.owner.startswith(f"{socket.gethostname()}:")
@@ -208,7 +220,7 @@ def test_leftovers_of_a_crash_are_found_and_closed(tracker: Tracker, study: Stud
 
 def test_a_failed_trial_says_where_and_why(tracker: Tracker, study: StudyRun) -> None:
     run_id = tracker.start_trial(study, 0, plan())
-    tracker.fail_trial(run_id, "deploy", "Traceback\n  ...\nValueError: broken")
+    tracker.fail_trial(run_id, plan(), "deploy", "Traceback\n  ...\nValueError: broken")
     run = tracker._client.get_run(run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["compareto.failed_stage"] == "deploy"

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressors.distill import Distill
 from compressors.errors import Infeasible
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Deployed
 from evaluators.size import Size
 from search.cache import Cache
-from search.trial import Clock, Look, Stop, TrialRecord, Workbench
+from search.trial import Clock, Look, Midway, Stop, TrialRecord, Workbench
 from tests.studies import ACCURACY, RATIO, Gradually, make_search, refuse
 
 PLAIN = CompressionPlan(Target("fake", "fp32"))
@@ -77,6 +78,12 @@ class Told:
     wanted: frozenset[str] = frozenset({"accuracy", "size_bytes"})
     shares: Sequence[float] = (0.25, 0.5)
     seen: dict[str, tuple[set[str], set[str]]] = field(default_factory=dict)
+    trainings: list[Midway] = field(default_factory=list)
+
+    def midway(self, at: Midway) -> Stop | None:
+        self.trainings.append(at)
+        rung = f"training {at.done}"
+        return Stop(rung, "accuracy", (0.0, 0.5), "enough") if rung == self.stop_at else None
 
     def verdict(self, look: Look) -> Stop | None:
         self.seen[look.rung] = set(look.final), set(look.previews)
@@ -131,6 +138,35 @@ def test_a_stopped_trial_keeps_what_was_previewed_and_asks_for_no_kernels(tmp_pa
     assert "kernels" not in record.seconds
 
 
+def trained(folder: Path, judge: Told) -> tuple[TrialRecord, Workbench]:
+    """Six epochs, in rounds that end after one, two, four and six."""
+    lesson = Distill(0.0, 0.1, 1.0, 8, 1, "fp32")
+    bench = make_search(folder, 1).workbench
+    bench = replace(bench, compressors={**bench.compressors, "distill": lesson}, store=Cache(folder / "prefixes", 1e9))
+    shared = {"epochs": 6, "temperature": 2.0, "weight": 0.5, "learning_rate": 1e-3}
+    plan = CompressionPlan(PLAIN.target, (Step("distill", {}, shared),))
+    reference = bench.reference(PLAIN.target, Clock())
+    out = folder / f"out-{judge.stop_at}"
+    record, _ = bench.run(7, plan, reference, bench.examples("validation"), empty(out), Clock(), judge)
+    return record, bench
+
+
+def test_training_can_be_given_up_between_two_rounds_and_goes_on_from_there(tmp_path: Path) -> None:
+    stopped, _ = trained(tmp_path, Told("training 2"))
+    assert stopped.stopped == Stop("training 2", "accuracy", (0.0, 0.5), "enough")
+    assert (stopped.measurements, stopped.achieved, stopped.measured) == ((), {}, False)
+    judge = Told()
+    whole, _ = trained(tmp_path, judge)
+    assert [(at.method, at.key, at.done, at.wanted) for at in judge.trainings] == [
+        ("distill", "epochs", 2, 6),
+        ("distill", "epochs", 4, 6),
+    ]
+    reported = whole.achieved["distill"][""]
+    assert [at.loss for at in judge.trainings] == [reported["loss_after_2"], reported["loss_after_4"]]
+    assert reported["loss"] == reported["loss_after_6"]
+    assert float(reported["loss_after_1"]) > float(reported["loss_after_6"])
+
+
 def test_the_reference_lies_in_the_cache_and_is_made_anew(tmp_path: Path) -> None:
     counts: list[int] = []
     bench = make_search(tmp_path, 1, counts.append).workbench
@@ -178,7 +214,7 @@ def test_compressors_see_augmented_training_images_and_plain_calibration_ones(tm
     bench = make_search(tmp_path, 1).workbench
     splits = replace(bench.workload.splits, augment=torch.zeros_like)
     bench = replace(bench, workload=replace(bench.workload, splits=splits), batch=4)
-    context = bench._context(Clock())
+    context = bench._context(Clock(), None)
     assert all(not inputs[0].any() for inputs, _ in context.train())
     assert all(inputs[0].any() for inputs, _ in context.calibration())
     assert [len(inputs[0]) for inputs, _ in context.calibration()] == [4, 4]

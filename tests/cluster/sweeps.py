@@ -1,0 +1,97 @@
+"""One real sweep, as a user would start it, whatever engine carries its workers; and what must be true afterwards."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from search.storage import counted, open_storage
+from search.tracking import Tracker
+from tests.cluster.services import wait_until
+
+ROOT = Path(__file__).parents[2]
+STUDY = "resnet20-digits"
+# Small enough that starting a worker takes longer than a trial; with training in the trials all the same.
+QUICK = (
+    "model.training.epochs=2",
+    "compressor.distill.space.epochs.choices=[0,1]",
+    "compressor.distill.parent=null",
+    "evaluator.latency.sessions=2",
+    "evaluator.latency.rounds=3",
+    "sampler=random",
+    "budget.minutes=null",
+)
+
+
+def words(folder: Path, trials: int, server: str) -> list[str]:
+    """The options that all workers have in common."""
+    places = [f"folder={folder}/runs", "storage=postgresql", "tracking=server", f"tracking.uri={server}"]
+    return [*QUICK, *places, f"budget.trials={trials}"]
+
+
+def environment(folder: Path, storage: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For every command of the sweep."""
+    return {
+        **os.environ,
+        **(more or {}),
+        "COMPARETO_STORAGE": storage,
+        "COMPARETO_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def prepare(folder: Path, trials: int, server: str, env: Mapping[str, str]) -> None:
+    """Train the network and measure the baselines before the sweep, so that the workers have something to share."""
+    command = [sys.executable, "-m", "compareto", "search", *words(folder, trials, server)]
+    subprocess.run(command, env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=600)
+
+
+def start(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """`compareto search`, with its output in a file."""
+    command = [sys.executable, "-m", "compareto", "search", *arguments]
+    with (folder / "search.log").open("ab") as log:
+        return subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finished(storage: str) -> int:
+    """Trials that count so far."""
+    return len(counted(optuna.load_study(study_name=STUDY, storage=open_storage(storage))))
+
+
+def wait_for_trials(storage: str, count: int, seconds: float) -> None:
+    """Until so many have ended."""
+    wait_until(lambda: finished(storage) >= count, seconds, f"{count} trials")
+
+
+def check(storage: str, server: str, trials: int) -> dict[str, int]:
+    """The budget was met exactly, nothing was lost, doubled or left open; what there is, as numbers."""
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(storage))
+    everything = study.get_trials(deepcopy=False)
+    done = counted(study)
+    assert len(done) == trials
+    assert not [t.number for t in everything if t.state is TrialState.RUNNING]
+    tracker = Tracker(server)
+    run = tracker.study(STUDY)
+    assert not tracker.open_trials(run)
+    told = {t.user_attrs["digest"] for t in done if t.state is not TrialState.FAIL}
+    recorded = [r.plan.digest for r in tracker.records(run)]
+    assert len(recorded) == len(set(recorded))
+    assert set(recorded) == told
+    hosts = {t.user_attrs["owner"] for t in done}
+    again = [t for t in everything if t.system_attrs.get("retry_history")]
+    return {"trials": len(done), "workers": len(hosts), "taken up again": len(again)}
+
+
+def wait_for_exit(process: "subprocess.Popen[bytes]", seconds: float, log: Path) -> None:
+    """With its exit code 0."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        assert time.monotonic() < end, f"the sweep has not ended: {log.read_text()[-3000:]}"
+        time.sleep(0.5)
+    assert process.returncode == 0, log.read_text()[-3000:]

@@ -1,0 +1,33 @@
+"""A sweep over three Ray nodes: one is killed in mid-run, and a new one is added."""
+
+import signal
+
+import pytest
+
+from tests.cluster import sweeps
+from tests.cluster.services import mlflow_database, mlflow_server, postgresql, public_folder, ray_head
+
+pytestmark = pytest.mark.cluster
+TRIALS = 40
+
+
+def test_ray() -> None:
+    with (
+        public_folder() as folder,
+        postgresql(folder) as (_, storage),
+        mlflow_server(folder, mlflow_database(storage)) as (_, server),
+    ):
+        env = sweeps.environment(folder, storage)
+        sweeps.prepare(folder, 4, server, env)
+        # The nodes hand their environment on to the workers.
+        with ray_head(folder, env) as (add_node, address):
+            nodes = [add_node(), add_node()]
+            options = ["hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address={address}", "worker=range(0,3)"]
+            sweep = sweeps.start(folder, ["--multirun", *options, *sweeps.words(folder, TRIALS, server)], env)
+            sweeps.wait_for_trials(storage, 10, 400)
+            nodes[0].stop(signal.SIGKILL)
+            add_node()
+            sweeps.wait_for_exit(sweep, 900, folder / "search.log")
+        found = sweeps.check(storage, server, TRIALS)
+        print(found)
+        assert found["workers"] >= 4, "three workers, and one that was started again"

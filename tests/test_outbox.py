@@ -1,0 +1,209 @@
+"""Trials on their way to the tracker: kept through a server that is away and a process that dies."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressors.plan import CompressionPlan, Step, Target
+from evaluators.measurement import exact
+from evaluators.runtime import Deployed, TensorSpec
+from search.outbox import Draft, Outbox
+from search.tracking import Away, StudyRun, Tracker
+from search.trial import TrialRecord
+from tests.studies import ACCURACY, CountingRuntime
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan(bits: int) -> CompressionPlan:
+    return CompressionPlan(Target("fake", "fp32"), (Step("quantize", {"head": {"bits": bits}}),))
+
+
+def record(number: int, bits: int = 8) -> TrialRecord:
+    return TrialRecord(number, plan(bits), (exact(ACCURACY, 0.9),), None, {"deploy": 1.0}, {}, {"cpu": "x"})
+
+
+class Flaky(Tracker):
+    """Away for the calls whose names it is given."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        object.__setattr__(self, "broken", set())
+
+
+def _breakable(name: str) -> Callable[..., Any]:
+    def call(self: Flaky, *args: Any, **kwargs: Any) -> Any:
+        if name in self.broken:  # type: ignore[attr-defined]
+            raise Away("gone")
+        return getattr(Tracker, name)(self, *args, **kwargs)
+
+    return call
+
+
+for _name in ("start_trial", "finish_trial", "fail_trial", "kill_trial", "find", "open_trials"):
+    setattr(Flaky, _name, _breakable(_name))
+ALL = {"start_trial", "finish_trial", "fail_trial", "kill_trial", "find", "open_trials"}
+
+
+@pytest.fixture
+def tracker(store: Path) -> Flaky:
+    return Flaky(f"sqlite:///{store}/mlflow.db", str(store / "files"))
+
+
+@pytest.fixture
+def study(tracker: Flaky) -> StudyRun:
+    return tracker.open_study("test", "noise", "seed: 0\n", {"model": "abc"})
+
+
+@pytest.fixture
+def outbox(tracker: Flaky, study: StudyRun, store: Path) -> Outbox:
+    return Outbox(tracker, study, store / "outbox")
+
+
+def away(tracker: Flaky, *names: str) -> None:
+    tracker.broken.clear()  # type: ignore[attr-defined]
+    tracker.broken.update(names)  # type: ignore[attr-defined]
+
+
+def deployed(draft: Draft) -> Deployed:
+    (draft.files / "model.json").write_text('{"int8": []}')
+    return Deployed(CountingRuntime(), draft.files, "fp32", (TensorSpec("x", (1, 3), "float32"),))
+
+
+def test_a_finished_trial_goes_at_once_and_leaves_nothing_behind(
+    outbox: Outbox, tracker: Flaky, study: StudyRun
+) -> None:
+    draft = outbox.begin(3, plan(8))
+    assert list(draft.files.iterdir()) == []
+    stored = outbox.finish(draft, record(3), deployed(draft))
+    assert tracker.records(study) == [stored]
+    assert (tracker.model_folder(stored) / "model.json").exists()
+    assert outbox.waiting == 0
+    assert list(outbox.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["from the beginning", "at the end"])
+def test_what_a_server_was_away_for_is_sent_once_when_it_is_back(
+    when: str, outbox: Outbox, tracker: Flaky, study: StudyRun
+) -> None:
+    if when == "from the beginning":
+        away(tracker, *ALL)
+    draft = outbox.begin(3, plan(8))
+    away(tracker, *ALL)
+    assert outbox.finish(draft, record(3), deployed(draft)) == record(3)
+    broken = outbox.begin(4, plan(4))
+    outbox.fail(broken, "deploy", "ValueError: no")
+    assert outbox.waiting == 2
+    assert outbox.find(plan(8).digest) == record(3)
+    assert outbox.find(plan(4).digest) is None
+    assert outbox.deliver() == []
+    assert outbox.waiting == 2
+    away(tracker)
+    (sent,) = outbox.deliver()
+    assert replace(sent, artifact_uri=None) == record(3)
+    assert tracker.records(study) == [sent]
+    assert tracker.open_trials(study) == []
+    assert outbox.waiting == 0
+    assert outbox.deliver() == []
+    runs = tracker._client.search_runs([study.experiment_id], "tags.`compareto.role` = 'trial'")
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
+
+
+def test_a_run_whose_answer_got_lost_is_not_opened_twice(outbox: Outbox, tracker: Flaky, study: StudyRun) -> None:
+    tracker.start_trial(study, 3, plan(8))
+    away(tracker, "start_trial")
+    draft = outbox.begin(3, plan(8))
+    assert draft.run_id is None
+    outbox.finish(draft, record(3), deployed(draft))
+    assert len(tracker.records(study)) == 1
+    assert tracker.open_trials(study) == []
+
+
+def test_what_somebody_else_measured_meanwhile_is_not_recorded_again(
+    outbox: Outbox, tracker: Flaky, study: StudyRun
+) -> None:
+    draft = outbox.begin(3, plan(8))
+    away(tracker, *ALL)
+    outbox.finish(draft, record(3), deployed(draft))
+    away(tracker)
+    other = outbox.begin(5, plan(8))
+    theirs = outbox.finish(other, record(5), deployed(other))
+    assert outbox.deliver() == [theirs]
+    assert tracker.records(study) == [theirs]
+    assert tracker.open_trials(study) == []
+
+
+def test_an_interrupted_trial_leaves_no_open_run(outbox: Outbox, tracker: Flaky, study: StudyRun) -> None:
+    outbox.drop(outbox.begin(3, plan(8)))
+    assert tracker.open_trials(study) == []
+    assert tracker.records(study) == []
+    assert list(outbox.folder.iterdir()) == []
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from search.outbox import Outbox
+from tests.test_outbox import *
+store = Path(sys.argv[1])
+tracker = Flaky(f"sqlite:///{store}/mlflow.db", str(store / "files"))
+outbox = Outbox(tracker, tracker.study("test"), store / "outbox")
+drafts = [outbox.begin(number, plan(bits)) for number, bits in ((1, 8), (2, 4))]
+away(tracker, *ALL)
+outbox.finish(drafts[0], record(1), deployed(drafts[0]))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_dead_process_left_is_sent_by_the_next_and_its_half_done_work_removed(
+    outbox: Outbox, tracker: Flaky, study: StudyRun, store: Path
+) -> None:
+    mine = outbox.begin(9, plan(32))
+    ended = subprocess.run([sys.executable, "-c", DYING, str(store)], cwd=ROOT, check=False)
+    assert ended.returncode == -9
+    assert outbox.find(plan(8).digest) == record(1)
+    (sent,) = outbox.deliver()
+    assert sent.number == 1
+    assert mine.files.exists(), "what is under way stays"
+    assert [trial.number for trial in tracker.open_trials(study)] == [2, 9], "whose trial it was, the study tells"
+    outbox.drop(mine)
+    assert list(outbox.folder.iterdir()) == []
+
+
+def test_a_trial_is_handed_over_with_its_files_and_measured_by_another(
+    outbox: Outbox, tracker: Flaky, study: StudyRun
+) -> None:
+    draft = outbox.begin(3, plan(8))
+    run_id = outbox.hand_over(draft, record(3), deployed(draft))
+    assert tracker.records(study) == []
+    found, files, inputs = tracker.unmeasured(run_id)
+    assert replace(found, artifact_uri=None) == record(3)
+    assert inputs == (TensorSpec("x", (1, 3), "float32"),)
+    again = outbox.resume(3, found.plan, run_id, files)
+    outbox.drop(again)
+    assert [trial.run_id for trial in tracker.open_trials(study)] == [run_id], "given up, it waits for the next one"
+    again = outbox.resume(3, found.plan, run_id, files)
+    stored = outbox.finish(again, found, Deployed(CountingRuntime(), again.files, "fp32", inputs))
+    assert tracker.records(study) == [stored]
+    assert os.listdir(tracker.model_folder(stored)) == ["model.json"]  # noqa: PTH208  names alone
+
+
+def test_a_full_disk_is_no_reason_to_keep_the_files_of_what_broke(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = outbox.begin(3, plan(8))
+    (draft.files / "big").write_bytes(bytes(1000))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        outbox.fail(draft, "record", "OSError: No space left on device")
+    assert not draft.files.exists()

@@ -1,0 +1,103 @@
+"""Storages that are taken or refused, waited for, and locked; the trials in them are in test_study.py."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
+
+from compressors.errors import ConfigError
+from search import storage as module
+from search.storage import exclusively, open_storage, patient
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("grpc://127.0.0.1:13000", "never take up the trial of a worker that died"),
+        ("journal.log", "never take up the trial of a worker that died"),
+        ("mysql+pymysql://me@127.0.0.1/x", "neither SQLite nor PostgreSQL"),
+        ("postgresql+psycopg://me:hunter2@127.0.0.1:1/x", "cannot be opened"),
+    ],
+)
+def test_a_storage_that_does_not_do_is_refused_with_the_reason(url: str, reason: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=reason) as refused:
+        open_storage(url)
+    assert "hunter2" not in str(refused.value)
+    assert time.monotonic() - began < 10, "nobody waits for a database that was never there"
+
+
+def away(kind: str = "psycopg") -> OperationalError:
+    broken = type("OperationalError", (Exception,), {"__module__": kind})("the server closed the connection")
+    return OperationalError("SELECT 1", {}, broken)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_database_that_goes_away_is_waited_for(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    calls: list[int] = []
+
+    @patient
+    def ask() -> str:
+        calls.append(1)
+        if len(calls) < 4:
+            if wrapped:
+                raise StorageInternalError("wrapped") from away()
+            raise away()
+        return "answer"
+
+    assert ask() == "answer"
+    assert len(calls) == 4
+
+
+def test_a_file_that_cannot_be_written_is_not_waited_for() -> None:
+    @patient
+    def ask() -> None:
+        raise away("sqlite3")
+
+    with pytest.raises(OperationalError):
+        ask()
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+
+    @patient
+    def ask() -> None:
+        raise away()
+
+    with pytest.raises(OperationalError):
+        ask()
+
+
+HOLDER = """
+import sys, time
+from search.storage import exclusively
+with exclusively(sys.argv[1], "study"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_and_a_dead_one_frees_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, url], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with exclusively(url, "another study"):
+        pass
+    waiter = subprocess.Popen([sys.executable, "-c", HOLDER, url], cwd=ROOT, stdout=subprocess.PIPE)
+    assert waiter.stdout is not None
+    time.sleep(1)
+    holder.kill()
+    holder.communicate()
+    assert waiter.stdout.readline() == b"held\n"
+    waiter.kill()
+    waiter.communicate()
