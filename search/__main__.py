@@ -1,5 +1,6 @@
 """`python -m search`: the whole program on one screen; with `build.py` the only reader of a DictConfig."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,10 +40,28 @@ def guarded(action: Callable[[], None], console: Console) -> int:
     except ConfigError as error:
         console.print(f"compareto: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         return 2
+    except Exception as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        line = f"compareto: {reason}; make room or choose another folder=DIRECTORY: the same command goes on"
+        console.print(line, style="bold red", highlight=False, soft_wrap=True, markup=False)
+        return 2
     except KeyboardInterrupt:
         console.print("compareto: interrupted before the first trial; the same command begins again")
         return 130
     return 0
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What an error says of a disk that is full or cannot be written, whatever was raised because of it; or None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return str(error)
+        if "database or disk is full" in str(error) or "readonly database" in str(error):
+            return str(error).splitlines()[0][:200]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

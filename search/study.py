@@ -189,7 +189,8 @@ class _Loop:
         self.study = _open_study(search)
         bench = search.workbench if search.measure != "never" else search.workbench.elsewhere()
         fingerprint = search.begun_with(search.fingerprint)
-        self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
+        with exclusively(search.storage, search.name):
+            self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
         self.outbox = Outbox(search.tracker, self.run, search.folder / search.name / OUTBOX)
         self.outbox.deliver()
         self._take(search.tracker.records(self.run))

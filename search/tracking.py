@@ -143,13 +143,18 @@ class Tracker:
     # -- The study
 
     def open_study(self, name: str, workload: str, config_yaml: str, fingerprint: Mapping[str, Scalar]) -> StudyRun:
-        """The study's parent run, found or created, and set running; its fingerprint becomes its params."""
+        """The study's parent run, found or created, and set running; its fingerprint becomes its params.
+
+        One worker at a time: what another one left half made, because it died, is completed.
+        """
         _check_name(name)
         experiment = self._experiment(workload)
         parents = self._parents([experiment], name)
-        if parents:
-            self.recognise(parents[0], fingerprint, sorted(fingerprint))
-        study = parents[0] if parents else self._create_parent(experiment, name, fingerprint)
+        study = parents[0] if parents else self._create_parent(experiment, name)
+        if self.read_study_file(study, FINGERPRINT_FILE) is None:
+            self._log(study.run_id, {f"fingerprint.{key}": value for key, value in fingerprint.items()}, [], {})
+            self._client.log_text(study.run_id, json.dumps(dict(fingerprint), indent=1), FINGERPRINT_FILE)
+        self.recognise(study, fingerprint, sorted(fingerprint))
         self._client.update_run(study.run_id, status="RUNNING")
         self._client.log_text(study.run_id, config_yaml, CONFIG_FILE)
         return study
@@ -232,16 +237,10 @@ class Tracker:
             raise ConfigError("workload", f"experiment {workload!r} is deleted in MLflow", "restore it or rename yours")
         return str(found.experiment_id)
 
-    def _create_parent(self, experiment: str, name: str, fingerprint: Mapping[str, Scalar]) -> StudyRun:
+    def _create_parent(self, experiment: str, name: str) -> StudyRun:
         tags = {"compareto.study": name, "compareto.role": "study"}
-        own = str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-        self._client.log_text(own, json.dumps(dict(fingerprint), indent=1), FINGERPRINT_FILE)
-        self._log(own, {f"fingerprint.{key}": value for key, value in fingerprint.items()}, [], {})
-        # Another worker may have done the same at this moment: all settle on the oldest.
-        oldest = self._parents([experiment], name)[0]
-        if oldest.run_id != own:
-            self._client.delete_run(own)
-        return oldest
+        run = self._client.create_run(experiment, run_name=name, tags=tags)
+        return StudyRun(name, experiment, str(run.info.run_id))
 
     def _parents(self, experiments: list[str], name: str) -> list[StudyRun]:
         query = f"tags.`compareto.role` = 'study' and tags.`compareto.study` = '{name}'"

@@ -104,6 +104,14 @@ def study(tracker: Tracker) -> StudyRun:
     return tracker.open_study("digits-1", "digits", "seed: 0\n", {"model": "abc"})
 
 
+def test_a_study_whose_first_worker_died_halfway_through_opening_it_is_completed(tracker: Tracker) -> None:
+    half = tracker._create_parent(tracker._experiment("digits"), "digits-1")
+    study = tracker.open_study("digits-1", "digits", "seed: 0\n", {"model": "abc"})
+    assert study == half
+    with pytest.raises(ConfigError, match="model was abc, is xyz"):
+        tracker.open_study("digits-1", "digits", "seed: 0\n", {"model": "xyz"})
+
+
 def finish(tracker: Tracker, study: StudyRun, made: TrialRecord, folder: Path) -> TrialRecord:
     run_id = tracker.start_trial(study, made.number, made.plan)
     made_files = deployed(folder)

@@ -113,12 +113,16 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 FILLED = """
-import sys, time
+import sys
 from pathlib import Path
+from rich.console import Console
+from search.__main__ import guarded
 from search.study import run
 from tests.studies import make_search, quiet
 folder, filler = map(Path, sys.argv[1:])
 def before(count):
+    if not count:
+        return
     filler.write_bytes(bytes(filler.stat().st_size if filler.exists() else 0))
     with filler.open("ab") as out:
         try:
@@ -126,7 +130,9 @@ def before(count):
                 out.write(bytes(65536)); out.flush()
         except OSError:
             pass
-print(run(make_search(folder, 40, before), quiet).ended)
+def search():
+    print(run(make_search(folder, 40, before), quiet).ended)
+sys.exit(guarded(search, Console()))
 """
 
 
@@ -157,18 +163,18 @@ def test_a_full_disk_corrupts_nothing_and_the_study_goes_on_with_room(full: str,
 
 
 SLOWLY = """
-import sys, time
+import sys
 from pathlib import Path
 from search.study import run
 from tests.studies import make_search, quiet
-outcome = run(make_search(Path(sys.argv[1]), 40, lambda count: time.sleep(0.1)), quiet)
-print([record.number for record in outcome.records] == list(range(40)), outcome.ended)
+outcome = run(make_search(Path(sys.argv[1]), 40), quiet)
+print(len({record.plan.digest for record in outcome.records}), outcome.ended)
 """
 
 
 @pytest.mark.cluster
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path) -> None:
-    """By a day, in the middle; libfaketime shows it to this one process."""
+    """By a day, in the middle; libfaketime shows it to this one process, which then cannot sleep."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     if not found:
         pytest.skip("libfaketime is missing: scripts/cluster-test installs it (Debian package libfaketime)")
@@ -186,7 +192,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path) -> None:
     wait_until(lambda: database.exists() and _count(database) > 10, 120, "ten trials")
     shift.write_text("-86400")
     said, _ = process.communicate(timeout=300)
-    assert said == "True budget spent: 40 of 40 trials\n"
+    assert said == "40 budget spent: 40 of 40 trials\n"
     study = optuna.load_study(study_name="test", storage=f"sqlite:///{database}")
     began = [t.datetime_start for t in study.trials if t.datetime_start]
     assert min(began) < max(began) - timedelta(hours=12), "the clock was really put back"
