@@ -370,7 +370,8 @@ class _Loop:
             try:
                 draft = begin()
                 record = work(draft)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
+                # A scheduler whose time limit is near ends a worker by the latter.
                 if draft:
                     self.outbox.drop(draft)
                 put_back()

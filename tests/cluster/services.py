@@ -276,7 +276,8 @@ def _begin_mariadb(folder: Path, port: int, begin: Callable[..., None]) -> None:
     install = [program("mariadb-install-db", "mariadb-server"), "--user=mysql", f"--datadir={data}", "--skip-test-db"]
     subprocess.run([*install, "--auth-root-authentication-method=normal"], check=True, stdout=subprocess.DEVNULL)
     init = data / "init.sql"
-    init.write_text("CREATE USER slurm@127.0.0.1; GRANT ALL ON slurm_acct.* TO slurm@127.0.0.1;\n")
+    user = "'slurm'@'127.0.0.1'"
+    init.write_text(f"CREATE USER {user};\nGRANT ALL ON slurm_acct.* TO {user};\n")  # one statement a line
     shutil.chown(init, "mysql", "mysql")
     words = [f"--datadir={data}", f"--port={port}", "--bind-address=127.0.0.1", f"--socket={data}/socket"]
     words += [f"--init-file={init}", "--innodb-log-file-size=16M", "--skip-name-resolve", "--user=mysql"]

@@ -1,5 +1,6 @@
 """One real sweep, as a user would start it, whatever engine carries its workers; and what must be true afterwards."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import optuna
+import pytest
 from optuna.trial import TrialState
 
 from search.storage import counted, open_storage
@@ -16,6 +18,8 @@ from tests.cluster.services import wait_until
 
 ROOT = Path(__file__).parents[2]
 STUDY = "resnet20-digits"
+# Connections of Optuna's storages, which have no way to be closed.
+LEAKS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 # Small enough that starting a worker takes longer than a trial; with training in the trials all the same.
 QUICK = (
     "model.training.epochs=2",
@@ -61,7 +65,12 @@ def start(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> "su
 
 def finished(storage: str) -> int:
     """Trials that count so far."""
-    return len(counted(optuna.load_study(study_name=STUDY, storage=open_storage(storage))))
+    return len(counted(_study(storage)))
+
+
+@functools.cache
+def _study(storage: str) -> optuna.Study:
+    return optuna.load_study(study_name=STUDY, storage=open_storage(storage))
 
 
 def wait_for_trials(storage: str, count: int, seconds: float) -> None:
@@ -71,10 +80,10 @@ def wait_for_trials(storage: str, count: int, seconds: float) -> None:
 
 def check(storage: str, server: str, trials: int) -> dict[str, int]:
     """The budget was met exactly, nothing was lost, doubled or left open; what there is, as numbers."""
-    study = optuna.load_study(study_name=STUDY, storage=open_storage(storage))
+    study = _study(storage)
     everything = study.get_trials(deepcopy=False)
     done = counted(study)
-    assert len(done) == trials
+    assert len(done) == trials, f"{len(done)} trials count"
     assert not [t.number for t in everything if t.state is TrialState.RUNNING]
     tracker = Tracker(server)
     run = tracker.study(STUDY)

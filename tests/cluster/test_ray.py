@@ -7,7 +7,7 @@ import pytest
 from tests.cluster import sweeps
 from tests.cluster.services import mlflow_database, mlflow_server, postgresql, public_folder, ray_head
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, sweeps.LEAKS]
 TRIALS = 40
 
 
