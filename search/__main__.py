@@ -12,6 +12,7 @@ from compressors.errors import ConfigError
 from search import build
 from search.conclude import conclude, conclude_once, show
 from search.progress import ProgressView
+from search.tracking import Away
 from search.workers import run_together
 
 
@@ -39,6 +40,10 @@ def guarded(action: Callable[[], None], console: Console) -> int:
         action()
     except ConfigError as error:
         console.print(f"compareto: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        return 2
+    except Away as away:
+        line = f"compareto: tracking.uri: {away}; start the server: the same command goes on"
+        console.print(line, style="bold red", highlight=False, soft_wrap=True, markup=False)
         return 2
     except Exception as error:
         reason = no_room(error)

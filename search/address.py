@@ -1,17 +1,19 @@
 """Addresses of databases and servers, whose passwords must never be shown or written; it opens none of them."""
 
-from typing import Any
+import re
 
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 
 def shown(address: str) -> str:
-    """The address with stars for its password."""
-    try:
-        return make_url(address).render_as_string(hide_password=True)
-    except ArgumentError:
-        return address
+    """The address with stars for its password, or for whatever stands where it would be."""
+    found = _parsed(address)
+    if found is None:
+        return re.sub(r"//[^@/]*@", "//***@", address)
+    secret = password(address)
+    plain = found.render_as_string(hide_password=True)
+    return plain.replace(secret, "***") if secret else plain
 
 
 def masked(text: str, address: str) -> str:
@@ -22,8 +24,15 @@ def masked(text: str, address: str) -> str:
 
 def password(address: str) -> str | None:
     """The one in an address; None where there is none, or where this is no address."""
-    try:
-        url: Any = make_url(address)
-    except ArgumentError:
+    found = _parsed(address)
+    if found is None:
         return None
-    return str(url.password) if url.password else None
+    query = found.query.get("password")
+    return str(found.password or "") or (query if isinstance(query, str) else None)
+
+
+def _parsed(address: str) -> URL | None:
+    try:
+        return make_url(address)
+    except (ArgumentError, ValueError):
+        return None

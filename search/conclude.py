@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from search import report
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
 from search.storage import concluding
 from search.study import INTERRUPTED, STOPPED, Outcome, Search
-from search.tracking import StudyRun, Tracker, measurement_from
+from search.tracking import Away, StudyRun, Tracker, measurement_from
 from search.trial import TrialRecord
 
 TEST_FILE = "test.json"
@@ -37,7 +38,8 @@ def conclude(search: Search, outcome: Outcome) -> Conclusion:
     try:
         return _conclude(search, outcome)
     finally:
-        search.tracker.close_study(outcome.study)
+        with suppress(Away):
+            search.tracker.close_study(outcome.study)
 
 
 def conclude_once(search: Search, outcome: Outcome) -> Conclusion | None:

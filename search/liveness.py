@@ -11,13 +11,32 @@ PR_SET_PDEATHSIG = 1
 
 def this_process() -> str:
     """Names this process among all that ever ran on any host: `host:pid:start`."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+    return f"{_host()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def is_gone(process: str) -> bool:
     """Whether a process named so has ended; only one of this host can be looked up, any other counts as alive."""
-    host, pid, started = process.rsplit(":", 2)
-    return host == socket.gethostname() and _started(int(pid)) != started
+    return _is_here(process) and not _is_there(process)
+
+
+def is_alive_here(process: str) -> bool:
+    """Whether a process named so is known to run, which only one of this host can be."""
+    return _is_here(process) and _is_there(process)
+
+
+def _is_here(process: str) -> bool:
+    return process.rsplit(":", 2)[0] == _host()
+
+
+def _is_there(process: str) -> bool:
+    _, pid, started = process.rsplit(":", 2)
+    return _started(int(pid)) == started
+
+
+def _host() -> str:
+    """Two containers may share a host's name, but do not see each other's processes."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{space.stat().st_ino}" if space.exists() else socket.gethostname()
 
 
 def _started(pid: int) -> str:

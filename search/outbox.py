@@ -2,20 +2,25 @@
 
 import fcntl
 import json
+import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 from compressors.plan import CompressionPlan
 from evaluators.runtime import Deployed, TensorSpec
-from search.liveness import is_gone, this_process
+from search.liveness import this_process
 from search.tracking import Away, StudyRun, Tracker, record_from_json, record_to_json
 from search.trial import TrialRecord
 
 FILES, LETTER = "model", "letter.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,18 @@ class _Letter:
 
 @dataclass
 class Outbox:
-    """What one process has to tell the tracker of a study, in `folder`, which other processes of the host use too.
+    """What one process has to tell the tracker of a study, in `folder`, which other processes use too.
 
     A letter is written whole or not at all, and goes once the tracker has all of it. What a process leaves behind
-    that has ended, the next one that comes by sends.
+    that has ended, on whatever host that shares the folder, the next one that comes by sends: it finds it unlocked.
+    A letter that the tracker refuses is put aside in `refused`.
     """
 
     tracker: Tracker
     study: StudyRun
     folder: Path
     _own: Path = field(init=False)
+    _lock: IO[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Nothing is made before there is something to keep."""
@@ -73,19 +80,19 @@ class Outbox:
 
     def begin(self, number: int, plan: CompressionPlan) -> Draft:
         """Open a trial, in the tracker too unless that is away."""
-        folder = self._own / f"{number}-{plan.digest}"
-        (folder / FILES).mkdir(parents=True)
+        folder = self._opened(number, plan.digest)
+        (folder / FILES).mkdir()
         try:
             run_id = self.tracker.start_trial(self.study, number, plan)
         except Away:
             run_id = None
         return Draft(folder, number, plan, run_id)
 
-    def resume(self, number: int, plan: CompressionPlan, run_id: str, files: Path) -> Draft:
-        """The same for a trial that another process left to be measured, with a copy of its files."""
-        folder = self._own / f"{number}-{plan.digest}"
-        shutil.copytree(files, folder / FILES)
-        return Draft(folder, number, plan, run_id, resumed=True)
+    def resume(self, number: int, digest: str, run_id: str) -> tuple[Draft, TrialRecord, tuple[TensorSpec, ...]]:
+        """A trial that another process left to be measured: its files, what is known, and inputs; raises `Away`."""
+        folder = self._opened(number, digest)
+        record, inputs = self.tracker.unmeasured(run_id, folder)
+        return Draft(folder, number, record.plan, run_id, resumed=True), record, inputs
 
     def hand_over(self, draft: Draft, record: TrialRecord, deployed: Deployed) -> str:
         """Leave the rest of a trial to another process: the run that has the files; raises `Away`."""
@@ -97,70 +104,110 @@ class Outbox:
     def finish(self, draft: Draft, record: TrialRecord, deployed: Deployed | None) -> TrialRecord:
         """Keep the record and its files, and send them; where the files are, the record says once they are there."""
         inputs = deployed.inputs if deployed else ()
-        self._write(draft, replace(_blank(draft), record=record_to_json(record), inputs=inputs))
         if deployed is None:
             shutil.rmtree(draft.files)
-        return self._send_one(draft.folder, late=False) or record
+        self._write(draft, replace(_blank(draft), record=record_to_json(record), inputs=inputs))
+        try:
+            return self._send(draft.folder) or record
+        except Away:
+            return record
 
     def fail(self, draft: Draft, stage: str, error: str) -> None:
         """Keep where and how the trial broke, and send it."""
         # On a full disk, this makes the room that the letter needs.
         shutil.rmtree(draft.files, ignore_errors=True)
         self._write(draft, replace(_blank(draft), stage=stage, error=error))
-        self._send_one(draft.folder, late=False)
+        self._try(draft.folder)
 
     def drop(self, draft: Draft) -> None:
         """End a trial that was interrupted, or whose outcome another worker has told."""
-        if draft.resumed:
+        if draft.resumed or not draft.folder.exists():
             # Its run stays open for the next one who measures.
-            shutil.rmtree(draft.folder)
+            shutil.rmtree(draft.folder, ignore_errors=True)
             return
         self._write(draft, _blank(draft))
-        self._send_one(draft.folder, late=False)
+        self._try(draft.folder)
 
     def find(self, digest: str) -> TrialRecord | None:
         """The record of that plan which is still here, of this process or of one that has ended."""
-        for folder in self._folders():
-            letter = _letter(folder)
-            if letter and letter.record and folder.name.endswith(f"-{digest}"):
-                return record_from_json(letter.record)
+        with self._reachable() as folders:
+            for folder in folders:
+                letter = _letter(folder)
+                if letter and letter.record and folder.name.endswith(f"-{digest}"):
+                    return record_from_json(letter.record)
         return None
 
     def deliver(self) -> list[TrialRecord]:
         """Send what is still here, also of processes that have ended; the records as they are stored now."""
-        with self._alone() as alone:
-            # What of one's own has no letter is still under way; with a dead process it never gets one.
-            found = [f for f in self._folders() if f.parent != self._own or (f / LETTER).exists()] if alone else []
-            return [record for folder in found if (record := self._send_one(folder, late=True)) is not None]
+        sent: list[TrialRecord] = []
+        with self._reachable() as folders:
+            for folder in folders:
+                try:
+                    stored = self._try(folder, late=True)
+                except Away:
+                    break
+                sent += [stored] if stored else []
+        return sent
+
+    def close(self) -> None:
+        """Say that nobody is at what is still here."""
+        if self._lock is not None:
+            with suppress(OSError):
+                self._own.rmdir()  # unless something is still in it
+                Path(self._lock.name).unlink()
+            self._lock.close()
+            self._lock = None
 
     @property
     def waiting(self) -> int:
         """How many trials the tracker does not know the outcome of yet."""
-        return sum((folder / LETTER).exists() for folder in self._folders())
+        with self._reachable() as folders:
+            return sum((folder / LETTER).exists() for folder in folders)
+
+    def _opened(self, number: int, digest: str) -> Path:
+        """A new folder for a trial; the lock says for as long as this process lives that it is not left behind."""
+        if self._lock is None:
+            self._own.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / f"{self._own.name}.lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        folder = self._own / f"{number}-{digest}"
+        folder.mkdir(parents=True)
+        return folder
 
     def _write(self, draft: Draft, letter: _Letter) -> None:
         fresh = draft.folder / f"{LETTER}.new"
-        fresh.write_text(json.dumps(asdict(letter)))
+        with fresh.open("w") as out:
+            out.write(json.dumps(asdict(letter)))
+            out.flush()
+            os.fsync(out.fileno())
         fresh.replace(draft.folder / LETTER)
 
-    def _send_one(self, folder: Path, late: bool) -> TrialRecord | None:
-        """None too while the server is away; what of a trial is no letter goes, as its process died in the midst."""
+    def _try(self, folder: Path, late: bool = False) -> TrialRecord | None:
+        """Send; what the tracker refuses for good is put aside. While it is away, `late` raises that."""
+        try:
+            return self._send(folder)
+        except Away:
+            if late:
+                raise
+        except Exception:
+            log.exception("the tracker refuses %s", folder)
+            refused = self.folder / "refused"
+            refused.mkdir(exist_ok=True)
+            with suppress(OSError):
+                folder.rename(refused / f"{folder.parent.name}-{folder.name}")
+        return None
+
+    def _send(self, folder: Path) -> TrialRecord | None:
+        """What of a trial is no letter goes, as its process died in the midst."""
         letter = _letter(folder)
-        stored = None
-        if letter is not None:
-            try:
-                stored = self._send(letter, folder / FILES, late)
-            except Away:
-                return None
+        stored = self._told(letter, folder / FILES) if letter else None
         shutil.rmtree(folder)
-        with suppress(OSError):
-            folder.parent.rmdir()  # the last one of its process
         return stored
 
-    def _send(self, letter: _Letter, files: Path, late: bool) -> TrialRecord | None:
+    def _told(self, letter: _Letter, files: Path) -> TrialRecord | None:
         plan = CompressionPlan.from_json(letter.plan)
         # Sent by a process that died before it could cross it off, or measured once more by somebody meanwhile.
-        known = self.tracker.find(self.study, plan.digest) if late and letter.record else None
+        known = self.tracker.find(self.study, plan.digest) if letter.record else None
         if known is not None:
             for left in self.tracker.open_trials(self.study):
                 if left.run_id == letter.run_id:
@@ -176,25 +223,31 @@ class Outbox:
             self.tracker.kill_trial(run_id)
         return None
 
-    def _folders(self) -> Iterator[Path]:
-        """Of trials, of this process and of those that have ended."""
-        for process in sorted(self.folder.glob("*~*~*")):
-            if process == self._own or is_gone(process.name.replace("~", ":")):
-                yield from sorted(process.iterdir())
-
     @contextmanager
-    def _alone(self) -> Iterator[bool]:
-        """Whether nobody else is at what the dead left; whoever is, does it all."""
-        if not self.folder.exists():
-            yield False
-            return
-        with self.folder.with_suffix(".lock").open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+    def _reachable(self) -> Iterator[list[Path]]:
+        """The trials of this process that have a letter, and all of those that have ended, which nobody else sees."""
+        with ExitStack() as held:
+            found = [folder for folder in _trials(self._own) if (folder / LETTER).exists()]
+            left = []
+            for lock in sorted(self.folder.glob("*~*~*.lock")):
+                process = lock.with_suffix("")
+                if process == self._own:
+                    continue
+                handle = held.enter_context(lock.open("a"))
+                with suppress(BlockingIOError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.append(process)
+                    found += _trials(process)
+            yield found
+            for process in left:
+                with suppress(OSError):
+                    if process.exists():
+                        process.rmdir()  # unless something is still in it
+                    self.folder.joinpath(f"{process.name}.lock").unlink()
+
+
+def _trials(process: Path) -> list[Path]:
+    return sorted(process.iterdir()) if process.exists() else []
 
 
 def _blank(draft: Draft) -> _Letter:

@@ -295,6 +295,9 @@ def main(descriptor: int) -> None:
     """Serve until the other end closes."""
     faulthandler.enable()
     signal_when_parent_ends(signal.SIGKILL)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # With these a scheduler tells a job that its time is nearly up: that is for the search to hear.
+        signal.signal(number, signal.SIG_IGN)
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionResetError, BrokenPipeError):
         _serve(connection)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
 import sqlalchemy
@@ -21,10 +21,11 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from compressors.errors import ConfigError
 from search.address import masked, shown
-from search.liveness import is_gone
+from search.liveness import is_alive_here, is_gone
 
 HEARTBEAT_S = 20
 RETRIES = 2
@@ -46,6 +47,8 @@ PUT_BACK = "put_back"
 """User attribute of a failed trial: its worker was interrupted and queued its parameters again itself."""
 RECORD = "record"
 """User attribute of a finished trial: all that is known of it, for the other workers."""
+TRIES = "tries"
+"""User attribute of a trial that waits: how many processes died measuring it."""
 WAITS = "waits"
 """User attribute of a running trial that is all but measured: the tracker's run that has its files."""
 
@@ -67,7 +70,7 @@ def open_storage(url: str) -> RDBStorage:
         with quiet(), exclusively(url, "tables"):
             return _Patient(
                 url,
-                engine_kwargs={"pool_pre_ping": True},
+                engine_kwargs={"pool_pre_ping": True, **_connecting(url)},
                 heartbeat_interval=HEARTBEAT_S,
                 grace_period=6 * HEARTBEAT_S,
             )
@@ -128,38 +131,63 @@ class _Patient(RDBStorage):
     """A database that may go away for a while. A call whose answer got lost on the way is made once more."""
 
 
-for _name in sorted(BaseStorage.__abstractmethods__ | {"record_heartbeat", "_get_stale_trial_ids"}):
+# What others call, Optuna's cache in front of it included, which has its own ways in.
+_CALLED = {
+    *BaseStorage.__abstractmethods__,
+    *("record_heartbeat", "_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
+    *("_get_trials", "_create_new_trial", "_set_trial_param", "_check_and_set_param_distribution"),
+}
+for _name in sorted(_CALLED & set(dir(RDBStorage))):
     setattr(_Patient, _name, patient(getattr(RDBStorage, _name)))
 
 
+def _connecting(url: str) -> dict[str, Any]:
+    """A server that lost its power says nothing: it is noticed after a minute."""
+    alive = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    return {"connect_args": alive} if url.startswith(POSTGRESQL) else {}
+
+
 @contextmanager
-def exclusively(url: str, what: str) -> Iterator[None]:
-    """One at a time among all processes that use this storage, on any host; freed when its holder dies."""
+def exclusively(url: str, what: str) -> Iterator[Callable[[], bool]]:
+    """One at a time among all processes that use this storage, on any host; freed when its holder dies.
+
+    Gives a function that says whether the lock is still held: a server that was restarted has freed it.
+    """
     if url.startswith(SQLITE):
         path = Path(url.removeprefix(SQLITE))
         with path.with_name(f"{path.name}.{what}.lock").open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+            yield lambda: True
         return
     key = int.from_bytes(hashlib.sha256(f"compareto {what}".encode()).digest()[:8], "big", signed=True)
     connection = _locked(_engine(url), key)
+
+    def held() -> bool:
+        with suppress(SQLAlchemyError):
+            connection.execute(sqlalchemy.text("SELECT 1"))
+            return True
+        return False
+
     try:
-        yield
+        yield held
     finally:
-        # A server that went away meanwhile has freed it.
-        with suppress(SQLAlchemyError), connection:
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), {"key": key})
+        # Closed, not kept for later: whatever happens here, the server frees it.
+        with suppress(SQLAlchemyError):
+            connection.close()
 
 
 @functools.cache
 def _engine(url: str) -> sqlalchemy.Engine:
-    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **_connecting(url))
 
 
 @patient
 def _locked(engine: sqlalchemy.Engine, key: int) -> sqlalchemy.Connection:
     """A connection that holds the lock."""
     connection = engine.connect()
+    for setting, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
+        # A holder that lost its power must not keep it for hours.
+        connection.execute(sqlalchemy.text(f"SET tcp_keepalives_{setting} = {seconds}"))
     connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": key})
     return connection
 
@@ -215,7 +243,7 @@ def spent_s(study: optuna.Study) -> float:
 def requeue(study: optuna.Study, number: int) -> None:
     """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
     lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
-    study.tell(number, state=TrialState.FAIL)
+    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
     # The callback adds to the trial's history in place, which is not ours; and what was known of it no longer holds.
     again = copy.deepcopy(lost)
     again.user_attrs = {}
@@ -223,33 +251,50 @@ def requeue(study: optuna.Study, number: int) -> None:
         RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, again)
 
 
-def dead(study: optuna.Study) -> list[FrozenTrial]:
-    """Running trials whose process has ended, or which had no heartbeat for long; those that only wait never do."""
-    for trial in waiting(study):
-        cast(RDBStorage, study._storage).record_heartbeat(trial._trial_id)
+def dead(study: optuna.Study, silent: dict[int, float]) -> list[FrozenTrial]:
+    """Running trials whose process has ended, or which had no heartbeat for long; those that only wait never do.
+
+    `silent` remembers from one call to the next since when a trial has been without: after the storage was away, or
+    this machine asleep, all are at first, and get the time to beat again.
+    """
     stale = set(cast(RDBStorage, study._storage)._get_stale_trial_ids(study._study_id))
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if trial._trial_id in stale or is_dead(trial)]
+    now = time.monotonic()
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get(OWNER)
+        if trial._trial_id not in stale or owner == "" or (owner and is_alive_here(owner)):
+            silent.pop(trial._trial_id, None)
+        elif now - silent.setdefault(trial._trial_id, now) > 2 * HEARTBEAT_S:
+            found.append(trial)
+            continue
+        if is_dead(trial):
+            found.append(trial)
+    return found
 
 
 def is_dead(trial: FrozenTrial) -> bool:
     """Whether the process that signed a running trial has ended; one of another host counts as alive."""
     owner = trial.user_attrs.get(OWNER)
     # Asked and signed under one lock: whoever holds it knows that nobody is still about to sign.
-    return WAITS not in trial.user_attrs and (owner is None or is_gone(owner))
+    return owner is None or (owner != "" and is_gone(owner))
 
 
 def at_work(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that processes, none of them known to be gone, are carrying out now."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in running if not is_dead(t) and t.user_attrs.get(OWNER) and not is_gone(t.user_attrs[OWNER])]
+    return [t for t in running if t.user_attrs.get(OWNER) and not is_dead(t)]
 
 
 def waiting(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that are all but measured, and that nobody is measuring now."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    parked = [t for t in running if WAITS in t.user_attrs]
-    return [t for t in parked if not t.user_attrs.get(OWNER) or is_gone(t.user_attrs[OWNER])]
+    return [t for t in running if WAITS in t.user_attrs and not t.user_attrs.get(OWNER)]
+
+
+def busy(url: str, name: str) -> int:
+    """How many trials are being carried out, or wait to be measured."""
+    study = optuna.load_study(study_name=name, storage=open_storage(url))
+    return len(at_work(study)) + len(waiting(study))
 
 
 def state(trial: FrozenTrial) -> str:
@@ -291,7 +336,9 @@ def heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
 
     def beat() -> None:
         while not done.wait(HEARTBEAT_S):
-            storage.record_heartbeat(trial_id)
+            # One that is missed, the next one makes good.
+            with suppress(SQLAlchemyError, StorageInternalError):
+                storage.record_heartbeat(trial_id)
 
     storage.record_heartbeat(trial_id)
     thread = threading.Thread(target=beat, daemon=True)

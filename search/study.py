@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from compressors.plan import CompressionPlan, LayerSpec, Scalar, Target
 from evaluators.divergence import LOSS
 from evaluators.machine import machine
 from evaluators.measurement import Metric
-from evaluators.runtime import Deployed
+from evaluators.runtime import Deployed, TensorSpec
 from search.ladder import Ladder
 from search.liveness import this_process
 from search.outbox import Draft, Outbox
@@ -36,7 +35,9 @@ from search.storage import (
     PATIENCE_S,
     PUT_BACK,
     RECORD,
+    RETRIES,
     STOP,
+    TRIES,
     WAITS,
     answered,
     at_work,
@@ -169,15 +170,23 @@ def run(search: Search, watch: Watcher) -> Outcome:
 
     Ctrl-C puts the running trial back into the queue and returns what there is; `ended` then says so.
     """
-    loop = _Loop(search, watch)
+    loop = _patiently(lambda: _Loop(search, watch))
     try:
-        ended = loop.until_spent()
+        ended = _carried(loop)
+        loop.conclude()
+    finally:
+        loop.outbox.close()
+    others = len(at_work(loop.study)) + len(waiting(loop.study))
+    return Outcome(loop.run, loop.records, tuple(loop.front), ended, others)
+
+
+def _carried(loop: "_Loop") -> str:
+    try:
+        return loop.until_spent()
     except KeyboardInterrupt:
-        ended = INTERRUPTED
+        return INTERRUPTED
     finally:
         loop.carrier.close()
-    loop.conclude()
-    return Outcome(loop.run, loop.records, tuple(loop.front), ended, len(at_work(loop.study)))
 
 
 class _Loop:
@@ -188,7 +197,7 @@ class _Loop:
         search.tracker.check(search.name)
         self.study = _open_study(search)
         bench = search.workbench if search.measure != "never" else search.workbench.elsewhere()
-        fingerprint = search.begun_with(search.fingerprint)
+        fingerprint = self.study.user_attrs["fingerprint"]
         with exclusively(search.storage, search.name):
             self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
         self.outbox = Outbox(search.tracker, self.run, search.folder / search.name / OUTBOX)
@@ -197,6 +206,7 @@ class _Loop:
         self.spent_before = spent_s(self.study)
         self.began = time.perf_counter()
         self.looked_after = -math.inf
+        self.silent: dict[int, float] = {}
         self.duplicates = 0
         self.broken: list[str] = []
         self.stop = self.study.user_attrs.get(STOP)
@@ -222,9 +232,12 @@ class _Loop:
         while in_a_row < DUPLICATES_IN_A_ROW:
             if len(self.broken) >= BROKEN_IN_A_ROW:
                 return f"{len(self.broken)} trials in a row broke, the last one in {self.broken[-1]}"
+            self._deliver()
             # Counting, asking and signing are one act among all workers: none overshoots the budget, and none takes
             # up a plan that another one is at.
-            with exclusively(self.search.storage, self.search.name):
+            with exclusively(self.search.storage, self.search.name) as held:
+                if self.study.user_attrs.get(STOP) != self.stop:
+                    return STOPPED
                 if time.perf_counter() - self.looked_after > HEARTBEAT_S:
                     self._take_up_the_dead()
                 left = self._take_waiting() if self.search.measure != "never" else None
@@ -232,6 +245,10 @@ class _Loop:
                 if ended and not idle:
                     return ended
                 asked = None if left or idle else self._ask()
+                if asked and not held():
+                    # Somebody else may have counted and asked meanwhile: it is as if this one had not.
+                    self._put_back(asked[0])
+                    continue
             if left:
                 self._complete(left)
             elif asked is None:
@@ -249,12 +266,17 @@ class _Loop:
     def conclude(self) -> None:
         """Take stock of what all workers did, once the tracker knows all; `ConfigError` where that takes too long."""
         self._deliver_all()
-        self._take(self.search.tracker.records(self.run))
+        with exclusively(self.search.storage, self.search.name):
+            _patiently(self._close_what_is_left_open)
+        self._take(_patiently(lambda: self.search.tracker.records(self.run)))
         self._save_front()
 
     def _deliver_all(self) -> None:
         began = time.monotonic()
-        while self._deliver() and self.outbox.waiting:
+        while self.outbox.waiting:
+            self._deliver()
+            if not self.outbox.waiting:
+                break
             if time.monotonic() - began > PATIENCE_S:
                 problem = f"does not answer; {self.outbox.waiting} finished trials wait in {self.outbox.folder}"
                 raise ConfigError("tracking.uri", problem, "start the server: the same command sends them")
@@ -263,8 +285,6 @@ class _Loop:
 
     def _budget_spent(self) -> tuple[str, bool]:
         """Why to end, if so; and whether to stay around, as others may yet leave something to do."""
-        if self.study.user_attrs.get(STOP) != self.stop:
-            return STOPPED, False
         budget = self.search.budget
         done, elapsed = len(counted(self.study)), self._elapsed()
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -287,17 +307,21 @@ class _Loop:
 
     def _complete(self, waits: FrozenTrial) -> None:
         """Measure what another machine's worker could not, and tell."""
-        tracker, clock = self.search.tracker, Clock(watch=self._show)
-        trial, run_id = Trial(self.study, waits._trial_id), str(waits.user_attrs[WAITS])
-        record, files, inputs = _patiently(lambda: tracker.unmeasured(run_id))
-
-        def work(draft: Draft) -> TrialRecord:
-            runtime = self.search.workbench.runtimes[record.plan.target.runtime]
-            deployed = Deployed(runtime, draft.files, record.plan.target.precision, inputs)
-            return self.outbox.finish(draft, self.carrier.complete(record, deployed, clock), deployed)
+        clock, trial = Clock(watch=self._show), Trial(self.study, waits._trial_id)
+        digest, run_id = str(waits.user_attrs["digest"]), str(waits.user_attrs[WAITS])
+        known: list[tuple[TrialRecord, tuple[TensorSpec, ...]]] = []
 
         def begin() -> Draft:
-            return self.outbox.resume(waits.number, record.plan, run_id, files)
+            draft, record, inputs = _patiently(lambda: self.outbox.resume(waits.number, digest, run_id))
+            known.append((record, inputs))
+            return draft
+
+        def work(draft: Draft) -> TrialRecord:
+            (record, inputs), target = known[0], draft.plan.target
+            deployed = Deployed(self.search.workbench.runtimes[target.runtime], draft.files, target.precision, inputs)
+            completed = self.carrier.complete(record, deployed, clock)
+            self._refuse_if_lost(trial)
+            return self.outbox.finish(draft, completed, deployed)
 
         told = self._carefully(trial, clock, begin, work, lambda: trial.set_user_attr(OWNER, ""))
         if told is not None:
@@ -341,6 +365,7 @@ class _Loop:
         def work(draft: Draft) -> TrialRecord | None:
             record, deployed = self.carrier.run(trial.number, plan, draft.files, clock, judge)
             record = replace(record, expected=expected)
+            self._refuse_if_lost(trial)
             if deployed and record.measured and not self._wanted <= {m.name for m in record.measurements}:
                 # The rest only counts on the study's machine.
                 run_id = _patiently(lambda: self.outbox.hand_over(draft, record, deployed))
@@ -349,12 +374,23 @@ class _Loop:
                 return None
             return self.outbox.finish(draft, record, deployed)
 
-        def put_back() -> None:
+        def begin() -> Draft:
+            return self.outbox.begin(trial.number, plan)
+
+        return self._carefully(trial, clock, begin, work, lambda: self._put_back(trial))
+
+    def _put_back(self, trial: Trial) -> None:
+        """Queue its parameters for whoever asks next."""
+        with suppress(UpdateFinishedTrialError):
             trial.set_user_attr(PUT_BACK, True)
-            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             self.study.enqueue_trial(trial.params)
 
-        return self._carefully(trial, clock, lambda: self.outbox.begin(trial.number, plan), work, put_back)
+    def _refuse_if_lost(self, trial: Trial) -> None:
+        """Raises where another worker took this one for dead, and does its trial again."""
+        stored = self.study.get_trials(deepcopy=False)[trial.number]
+        if stored.state is not TrialState.RUNNING or stored.user_attrs.get(OWNER) != this_process():
+            raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
 
     def _carefully(
         self,
@@ -370,8 +406,8 @@ class _Loop:
             try:
                 draft = begin()
                 record = work(draft)
-            except (KeyboardInterrupt, SystemExit):
-                # A scheduler whose time limit is near ends a worker by the latter.
+            except (KeyboardInterrupt, SystemExit, Away):
+                # A scheduler whose time limit is near ends a worker by the second.
                 if draft:
                     self.outbox.drop(draft)
                 put_back()
@@ -396,7 +432,7 @@ class _Loop:
         missed = attribute == "missed"
         with suppress(UpdateFinishedTrialError):
             trial.set_user_attr(attribute, broken.reason if missed else f"{broken.stage}: {broken.reason}")
-            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         if draft:
             # Where the disk is full, the reason is at least in the study.
             with suppress(OSError):
@@ -443,51 +479,69 @@ class _Loop:
         for bound in self.search.bounds:
             if bound.metric in measured:
                 trial.set_constraint(bound.metric, bound.violation(record))
-        if not record.measured:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, [record.value(metric.name).value for metric in self.search.objectives])
+        values = [record.value(metric.name).value for metric in self.search.objectives] if record.measured else None
+        state = TrialState.COMPLETE if record.measured else TrialState.PRUNED
+        self.study.tell(trial, values, state, skip_if_finished=True)
 
     def _tell_again(self, trial: Trial, twin: FrozenTrial) -> None:
         """The same plan gets the same answer, without any work."""
         self.duplicates += 1
+        with suppress(UpdateFinishedTrialError):
+            self._tell_as(trial, twin)
+
+    def _tell_as(self, trial: Trial, twin: FrozenTrial) -> None:
         trial.set_user_attr("duplicate_of", twin.number)
         for name in TOLD & set(twin.user_attrs):
             trial.set_user_attr(name, twin.user_attrs[name])
         for name, violation in twin.constraints.items():
             trial.set_constraint(name, violation)
         if twin.state is TrialState.COMPLETE:
-            self.study.tell(trial, twin.values)
+            self.study.tell(trial, twin.values, skip_if_finished=True)
         else:
             # Infeasible, failed, or still being measured by another worker, who will tell.
-            self.study.tell(trial, state=TrialState.PRUNED if twin.state is TrialState.PRUNED else TrialState.FAIL)
+            state = TrialState.PRUNED if twin.state is TrialState.PRUNED else TrialState.FAIL
+            self.study.tell(trial, state=state, skip_if_finished=True)
 
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
         self.looked_after = time.perf_counter()
-        self._deliver()
-        told = {t.user_attrs.get("digest") for t in counted(self.study)}
-        for trial in dead(self.study):
-            # It may have died after its outcome was recorded, and before it could tell.
-            digest = trial.user_attrs.get("digest", "")
-            record = None if digest in told else self._known(digest)
-            if record:
-                self._answer(Trial(self.study, trial._trial_id), record)
-            else:
-                requeue(self.study, trial.number)
-        running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+        told = {str(t.user_attrs.get("digest")) for t in counted(self.study)}
+        for trial in dead(self.study, self.silent):
+            # It may tell in this moment.
+            with suppress(UpdateFinishedTrialError):
+                told.add(self._take_up(trial, told))
         with suppress(Away):
-            for left in self.search.tracker.open_trials(self.run):
-                if left.number not in running:
-                    self.search.tracker.kill_trial(left.run_id)
+            self._close_what_is_left_open()
 
-    def _deliver(self) -> bool:
-        """Send what the tracker was not there for; whether something was still here."""
-        if not self.outbox.waiting:
-            return False
-        sent = {record.plan.digest: record for record in self.outbox.deliver()}
-        self._take([sent.get(record.plan.digest, record) for record in self.records])
-        return True
+    def _take_up(self, lost: FrozenTrial, told: Collection[str]) -> str:
+        """Tell what its process had recorded before it could tell, or queue it again; its plan's digest."""
+        trial, digest = Trial(self.study, lost._trial_id), str(lost.user_attrs.get("digest", ""))
+        record = None if digest in told else self._known(digest)
+        tries = int(lost.user_attrs.get(TRIES, 0)) + 1
+        if record:
+            self._answer(trial, record)
+        elif WAITS not in lost.user_attrs:
+            requeue(self.study, lost.number)
+        elif tries > RETRIES:
+            trial.set_user_attr("error", f"measure: the process that measured it died {tries} times")
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            trial.set_user_attr(TRIES, tries)
+            trial.set_user_attr(OWNER, "")
+        return digest
+
+    def _close_what_is_left_open(self) -> None:
+        """End the runs of trials that nobody is at."""
+        running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+        for left in self.search.tracker.open_trials(self.run):
+            if left.number not in running:
+                self.search.tracker.kill_trial(left.run_id)
+
+    def _deliver(self) -> None:
+        """Send what the tracker was not there for."""
+        if self.outbox.waiting:
+            sent = {record.plan.digest: record for record in self.outbox.deliver()}
+            self._take([sent.get(record.plan.digest, record) for record in self.records])
 
     def _elapsed(self) -> float:
         return self.spent_before + time.perf_counter() - self.began
@@ -521,7 +575,7 @@ class _Loop:
         text = json.dumps([_row(r, self.search.objectives) for r in self.front], indent=1)
         path = self.search.folder / self.search.name / FRONT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh = path.with_suffix(f".{this_process()}")
         fresh.write_text(text)
         fresh.replace(path)
         with suppress(Away):
@@ -557,6 +611,8 @@ def _open_study(search: Search) -> optuna.Study:
     with exclusively(search.storage, search.name):
         study = _begun(search, storage)
         known = study.user_attrs.get("fingerprint")
+        if known is None and search.measure == "never":
+            raise _not_begun(search.name)
         if known is None:
             study.set_user_attr("fingerprint", dict(search.fingerprint))
             with quiet():
@@ -581,8 +637,12 @@ def _begun(search: Search, storage: RDBStorage) -> optuna.Study:
             )
         return optuna.load_study(study_name=search.name, storage=storage)
     except KeyError:
-        problem = f"is never, and nobody has begun {search.name!r}"
-        raise ConfigError("measure", problem, "start a worker on the machine that measures first") from None
+        raise _not_begun(search.name) from None
+
+
+def _not_begun(name: str) -> ConfigError:
+    problem = f"is never, and nobody has begun {name!r}"
+    return ConfigError("measure", problem, "start a worker on the machine that measures first")
 
 
 def _patiently(action: Callable[[], Returned]) -> Returned:

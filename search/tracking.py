@@ -8,7 +8,9 @@ import fcntl
 import inspect
 import json
 import logging
+import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -47,7 +49,7 @@ with warnings.catch_warnings():
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModelOutput, Param, RunTag
     from mlflow.entities import Metric as LoggedMetric
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException, RestException
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema
     from mlflow.types import TensorSpec as SignatureSpec
@@ -64,6 +66,8 @@ CHAMPION = "champion"
 PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
 TAG_LENGTH = 1000
+# So long a server that did not answer is left alone.
+REST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class Tracker:
     @cached_property
     def _client(self) -> Any:
         client = MlflowClient(tracking_uri=self.address, registry_uri=self.address)
-        return _Remote(client) if self.is_server else client
+        return _Remote(client, self.address) if self.is_server else client
 
     # -- Before any work
 
@@ -302,11 +306,12 @@ class Tracker:
             self._client.set_terminated(run_id)
         return record
 
-    def unmeasured(self, run_id: str) -> tuple[TrialRecord, Path, tuple[TensorSpec, ...]]:
-        """Of a run that `finish_trial` left open: what is known, a temporary copy of its files, and their inputs."""
+    def unmeasured(self, run_id: str, folder: Path) -> tuple[TrialRecord, tuple[TensorSpec, ...]]:
+        """Of a run that `finish_trial` left open: what is known, and its inputs; its files go to `folder`/model."""
         run = self._client.get_run(run_id)
         record = self._read(run)
-        return record, self.model_folder(record), _inputs(run)
+        self._client.download_artifacts(run_id, MODEL_FOLDER, str(folder))
+        return record, _inputs(run)
 
     def fail_trial(self, run_id: str, plan: CompressionPlan, stage: str, traceback_text: str) -> None:
         """Record where and how a trial broke, and end its run as failed."""
@@ -334,8 +339,9 @@ class Tracker:
         return next(map(self._read, runs), None)
 
     def records(self, study: StudyRun) -> list[TrialRecord]:
-        """Every finished trial, infeasible and stopped ones included, by number."""
-        return sorted(map(self._read, self._children(study, "FINISHED")), key=lambda record: record.number)
+        """Every finished trial, infeasible and stopped ones included, by number, and each plan once."""
+        found = sorted(map(self._read, self._children(study, "FINISHED")), key=lambda record: record.number)
+        return list({record.plan.digest: record for record in reversed(found)}.values())[::-1]
 
     def trial(self, study: StudyRun, number: int) -> TrialRecord:
         """The finished trial of that number; `ConfigError` when there is none."""
@@ -576,7 +582,7 @@ def _run_id(record: TrialRecord) -> str:
 
 
 def _check_name(name: str) -> None:
-    if not name or any(c in name for c in "/:'\"`%"):
+    if not name.strip(".") or not name.isprintable() or any(c in name for c in "/:'\"`%"):
         raise ConfigError("study", f"name {name!r} is empty or has one of / : ' \" ` %", "use letters, digits, . - _")
 
 
@@ -604,32 +610,45 @@ class Away(Exception):
 
 
 class _Remote:
-    """An `MlflowClient` of which every call may raise `Away`."""
+    """An `MlflowClient` of which every call may raise `Away`; after one that did, all do at once for a while."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, uri: str) -> None:
+        self._client, self._uri = client, uri
+        self._again = -math.inf
         # MLflow would try for minutes, while whoever calls has better things to do.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if time.monotonic() < self._again:
+                raise Away("the MLflow server did not answer a moment ago")
             try:
                 return method(*args, **kwargs)
             except (MlflowException, requests.RequestException) as error:
-                if not _is_away(error):
-                    raise
-                raise Away(f"the MLflow server does not answer: {_reason(error)}") from error
+                if _is_away(error):
+                    self._again = time.monotonic() + REST_S
+                    raise Away(f"the MLflow server does not answer: {_reason(error)}") from None
+                if address.password(self._uri):
+                    raise MlflowException(address.masked(str(error), self._uri)) from None
+                raise
 
         return call
 
 
-def _is_away(error: BaseException) -> bool:
+def _is_away(error: BaseException | None) -> bool:
     """No connection, or a server that is there without its database; not what it refuses for a reason."""
-    if isinstance(error, MlflowException) and error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+    if isinstance(error, RestException) and error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
         return True
-    return isinstance(error, requests.ConnectionError | requests.Timeout)
+    if isinstance(error, MlflowException) and re.search(r"failed with (exception|error code 5)", str(error)):
+        return True
+    while error is not None:
+        if isinstance(error, requests.ConnectionError | requests.Timeout):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Trains the baseline when there is no checkpoint, and keeps it; takes any model, any splits and any loss."""
 
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from compressors.errors import ConfigError
 from compressors.pipeline import Batch
 from compressors.plan import digest
+from search.liveness import this_process
 from search.models import load_checkpoint
 from search.workload import Split, Splits, Task, split_digest, tensors_digest
 
@@ -113,7 +113,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _save(model: nn.Module, path: Path) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{this_process()}.part")
     # Copies, because tied weights share memory, which safetensors refuses.
     safetensors.torch.save_file({name: x.clone().contiguous() for name, x in model.state_dict().items()}, part)
     part.replace(path)  # another worker sees all of it or nothing

@@ -19,6 +19,7 @@ from evaluators.stopwatch import own_environment
 from search import build
 from search.liveness import signal_when_parent_ends
 from search.progress import ProgressView
+from search.storage import busy
 from search.study import INTERRUPTED, Outcome, Search, Watcher, run
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -62,7 +63,8 @@ def _with_the_others(search: Search, own: Outcome, others: "Sequence[subprocess.
         for number, code in enumerate(codes, start=2):
             ended += f"; worker {number} ended with code {code}, see {_log(search, number)}" if code else ""
     records = tuple(search.tracker.records(own.study))
-    return replace(own, records=records, front=tuple(search.front(records)), ended=ended, others=0)
+    left = busy(search.storage, search.name)
+    return replace(own, records=records, front=tuple(search.front(records)), ended=ended, others=left)
 
 
 def _start(search: Search, number: int, cores: Sequence[int]) -> "subprocess.Popen[bytes]":

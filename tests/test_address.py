@@ -9,6 +9,9 @@ def test_an_address_is_shown_without_its_password() -> None:
     assert shown(SECRET) == "postgresql+psycopg://me:***@db.example/compareto"
     assert shown("sqlite:///runs/optuna.db") == "sqlite:///runs/optuna.db"
     assert shown("no address at all") == "no address at all"
+    assert "hunter2" not in shown("postgresql://h/x?user=me&password=hunter2")
+    assert shown("postgresql//me:hunter2@h/x") == "postgresql//***@h/x"
+    assert shown("postgresql://me:hunter2@h:54x/x") == "postgresql://***@h:54x/x"
 
 
 def test_a_message_that_quotes_the_password_loses_it() -> None:
@@ -18,5 +21,6 @@ def test_a_message_that_quotes_the_password_loses_it() -> None:
 
 def test_a_password_is_found_where_there_is_one() -> None:
     assert password(SECRET) == "hunter2"
+    assert password("postgresql://h/x?user=me&password=hunter2") == "hunter2"
     assert password("sqlite:///x") is None
     assert password("no address at all") is None

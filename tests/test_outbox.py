@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,15 @@ def study(tracker: Flaky) -> StudyRun:
 
 
 @pytest.fixture
-def outbox(tracker: Flaky, study: StudyRun, store: Path) -> Outbox:
-    return Outbox(tracker, study, store / "outbox")
+def outbox(tracker: Flaky, study: StudyRun, store: Path) -> Iterator[Outbox]:
+    made = Outbox(tracker, study, store / "outbox")
+    yield made
+    made.close()
+
+
+def left_in(outbox: Outbox) -> list[Path]:
+    """All but what says that this process lives."""
+    return [path for path in outbox.folder.rglob("*") if not path.name.endswith(".lock") and path != outbox._own]
 
 
 def away(tracker: Flaky, *names: str) -> None:
@@ -85,7 +92,7 @@ def test_a_finished_trial_goes_at_once_and_leaves_nothing_behind(
     assert tracker.records(study) == [stored]
     assert (tracker.model_folder(stored) / "model.json").exists()
     assert outbox.waiting == 0
-    assert list(outbox.folder.iterdir()) == []
+    assert left_in(outbox) == []
 
 
 @pytest.mark.parametrize("when", ["from the beginning", "at the end"])
@@ -143,7 +150,7 @@ def test_an_interrupted_trial_leaves_no_open_run(outbox: Outbox, tracker: Flaky,
     outbox.drop(outbox.begin(3, plan(8)))
     assert tracker.open_trials(study) == []
     assert tracker.records(study) == []
-    assert list(outbox.folder.iterdir()) == []
+    assert left_in(outbox) == []
 
 
 DYING = """
@@ -173,7 +180,7 @@ def test_what_a_dead_process_left_is_sent_by_the_next_and_its_half_done_work_rem
     assert mine.files.exists(), "what is under way stays"
     assert [trial.number for trial in tracker.open_trials(study)] == [2, 9], "whose trial it was, the study tells"
     outbox.drop(mine)
-    assert list(outbox.folder.iterdir()) == []
+    assert left_in(outbox) == []
 
 
 def test_a_trial_is_handed_over_with_its_files_and_measured_by_another(
@@ -182,13 +189,13 @@ def test_a_trial_is_handed_over_with_its_files_and_measured_by_another(
     draft = outbox.begin(3, plan(8))
     run_id = outbox.hand_over(draft, record(3), deployed(draft))
     assert tracker.records(study) == []
-    found, files, inputs = tracker.unmeasured(run_id)
+    again, found, inputs = outbox.resume(3, plan(8).digest, run_id)
     assert replace(found, artifact_uri=None) == record(3)
     assert inputs == (TensorSpec("x", (1, 3), "float32"),)
-    again = outbox.resume(3, found.plan, run_id, files)
     outbox.drop(again)
     assert [trial.run_id for trial in tracker.open_trials(study)] == [run_id], "given up, it waits for the next one"
-    again = outbox.resume(3, found.plan, run_id, files)
+    again, found, inputs = outbox.resume(3, plan(8).digest, run_id)
+    assert (again.files / "model.json").exists()
     stored = outbox.finish(again, found, Deployed(CountingRuntime(), again.files, "fp32", inputs))
     assert tracker.records(study) == [stored]
     assert os.listdir(tracker.model_folder(stored)) == ["model.json"]  # noqa: PTH208  names alone
@@ -203,7 +210,22 @@ def test_a_full_disk_is_no_reason_to_keep_the_files_of_what_broke(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         outbox.fail(draft, "record", "OSError: No space left on device")
     assert not draft.files.exists()
+
+
+def test_a_letter_that_the_tracker_refuses_is_put_aside_and_the_others_go(
+    outbox: Outbox, tracker: Flaky, study: StudyRun
+) -> None:
+    drafts = [outbox.begin(number, plan(bits)) for number, bits in ((1, 8), (2, 4))]
+    away(tracker, *ALL)
+    for number, draft in enumerate(drafts, start=1):
+        outbox.finish(draft, record(number, draft.plan.steps[0].per_layer["head"]["bits"]), deployed(draft))  # type: ignore[arg-type]
+    away(tracker)
+    tracker._client.delete_run(drafts[0].run_id)
+    assert [sent.number for sent in outbox.deliver()] == [2]
+    assert outbox.waiting == 0
+    (refused,) = (outbox.folder / "refused").iterdir()
+    assert (refused / "letter.json").exists()

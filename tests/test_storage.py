@@ -5,13 +5,14 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from compressors.errors import ConfigError
 from search import storage as module
-from search.storage import exclusively, open_storage, patient
+from search.storage import exclusively, open_storage, patient, quiet
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,3 +102,38 @@ def test_one_process_at_a_time_and_a_dead_one_frees_it(tmp_path: Path) -> None:
     assert waiter.stdout.readline() == b"held\n"
     waiter.kill()
     waiter.communicate()
+
+
+def test_a_study_outlasts_a_database_that_goes_away_at_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way in that matters is Optuna's, through its cache."""
+    monkeypatch.setattr(module, "PAUSE_S", 0.001)
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    study = optuna.create_study(storage=storage, directions=["minimize", "maximize"])
+    connect = storage.scoped_session
+    calls = {"": 0}
+
+    def flaky() -> object:
+        calls[""] += 1
+        if calls[""] % 3 == 1:
+            raise away()
+        return connect()
+
+    monkeypatch.setattr(storage, "scoped_session", flaky)
+    for _ in range(3):
+        with quiet():
+            trial = study.ask()
+        trial.set_user_attr("owner", "me")
+        trial.suggest_categorical("bits", [4, 8])
+        trial.set_constraint("size", -1.0)
+        storage.record_heartbeat(trial._trial_id)
+        study.set_user_attr("left", 1.0)
+        study.tell(trial, [1.0, 2.0])
+    study.enqueue_trial({"bits": 4})
+    with quiet():
+        assert study.ask().suggest_categorical("bits", [4, 8]) == 4
+    assert len(study.get_trials()) == 4
+    assert storage._get_stale_trial_ids(study._study_id) == []
+    assert study.user_attrs == {"left": 1.0}
+    assert calls[""] > 30

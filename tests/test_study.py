@@ -21,7 +21,8 @@ from search.ladder import Ladder
 from search.liveness import _started, this_process
 from search.sampler import REMAINING
 from search.select import Bound
-from search.storage import RETRIES, at_work, failed, open_storage, requeue, spent_s, state
+from search.storage import RETRIES, at_work, dead, failed, open_storage, requeue, spent_s, state
+from search.storage import quiet as quietly
 from search.study import Budget, Outcome, Progress, Search, run
 from search.tracking import Away, Tracker
 from search.trial import TrialRecord
@@ -408,7 +409,7 @@ def test_a_worker_elsewhere_leaves_latency_to_one_on_the_studys_machine(store: P
     elsewhere = timed(store, 4, measure="never", fingerprint={**make_search(store, 1).fingerprint, "cpu": "another"})
     ended = run(elsewhere, quiet)
     assert ended.ended == "budget spent: 1 of 4 trials"
-    assert ended.others == 0
+    assert ended.others == 3, "nobody may conclude yet"
     assert len(ended.records) == 1
     study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
     waits = [t for t in study.trials if t.state is TrialState.RUNNING]
@@ -426,7 +427,13 @@ def test_a_worker_elsewhere_leaves_latency_to_one_on_the_studys_machine(store: P
 
 def waiting_records(search: Search, outcome: Outcome) -> list[TrialRecord]:
     open_trials = search.tracker.open_trials(outcome.study)
-    return sorted((search.tracker.unmeasured(t.run_id)[0] for t in open_trials), key=lambda r: r.number)
+    read = [search.tracker.unmeasured(t.run_id, empty(search.folder / t.run_id))[0] for t in open_trials]
+    return sorted(read, key=lambda r: r.number)
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_worker_that_does_both_takes_what_waits_first(store: Path) -> None:
@@ -446,6 +453,8 @@ def test_trials_that_wait_do_not_go_stale(store: Path, monkeypatch: pytest.Monke
     with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
     assert waits._trial_id in storage._get_stale_trial_ids(study._study_id)
+    silent: dict[int, float] = {waits._trial_id: -1e6}
+    assert dead(study, silent) == []
     run(timed(store, 2, measure="never"), quiet)
     assert study.trials[waits.number].state is TrialState.RUNNING
     assert len(run(timed(store, 2), quiet).records) == 2
@@ -541,7 +550,7 @@ def test_a_server_that_is_away_stops_nobody(store: Path, monkeypatch: pytest.Mon
     assert len(outcome.records) == len({r.plan.digest for r in outcome.records}) == 6
     assert all(record.artifact_uri for record in outcome.records)
     assert search.tracker.open_trials(outcome.study) == []
-    assert not list((store / "test" / "outbox").iterdir())
+    assert not list((store / "test" / "outbox").rglob("letter.json"))
 
 
 def _unless(gone: list[bool], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -551,3 +560,78 @@ def _unless(gone: list[bool], method: Callable[..., Any]) -> Callable[..., Any]:
         return method(*args, **kwargs)
 
     return call
+
+
+def waits_with(store: Path, owner: str) -> tuple[optuna.Study, int]:
+    """A study with one trial that waits, taken by a process of this name."""
+    run(timed(store, 1), quiet)
+    run(timed(store, 2, measure="never"), quiet)
+    study = optuna.load_study(study_name="test", storage=open_storage(f"sqlite:///{store}/optuna.db"))
+    waits = next(t for t in study.trials if t.state is TrialState.RUNNING)
+    optuna.trial.Trial(study, waits._trial_id).set_user_attr("owner", owner)
+    return study, waits.number
+
+
+def test_a_trial_whose_measuring_process_died_waits_again_and_not_for_ever(store: Path) -> None:
+    host, pid, started = this_process().rsplit(":", 2)
+    gone = f"{host}:{pid}:{int(started) + 1}"
+    study, number = waits_with(store, gone)
+    for tries in range(1, 1 + RETRIES):
+        run(timed(store, 2, measure="never"), quiet)
+        trial = study.trials[number]
+        assert (trial.state, trial.user_attrs["owner"], trial.user_attrs["tries"]) == (TrialState.RUNNING, "", tries)
+        optuna.trial.Trial(study, trial._trial_id).set_user_attr("owner", gone)
+    run(timed(store, 2, measure="never"), quiet)
+    assert study.trials[number].state is TrialState.FAIL
+    assert "died 3 times" in study.trials[number].user_attrs["error"]
+
+
+def test_silence_counts_only_when_it_lasts_and_never_of_a_process_that_is_seen_to_live(store: Path) -> None:
+    run(make_search(store, 1), quiet)
+    storage = open_storage(f"sqlite:///{store}/optuna.db")
+    study = optuna.load_study(study_name="test", storage=storage)
+    with quietly():
+        here, elsewhere = study.ask(), study.ask()
+    here.set_user_attr("owner", this_process())
+    elsewhere.set_user_attr("owner", "elsewhere:1:1")
+    for trial in (here, elsewhere):
+        storage.record_heartbeat(trial._trial_id)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+    silent: dict[int, float] = {}
+    assert dead(study, silent) == []
+    silent[elsewhere._trial_id] -= 1000
+    assert [t.number for t in dead(study, silent)] == [elsewhere.number]
+    storage.record_heartbeat(elsewhere._trial_id)
+    assert dead(study, silent) == []
+    assert silent == {}
+
+
+def test_stop_comes_before_what_waits(store: Path) -> None:
+    study, number = waits_with(store, "")
+
+    def watch(progress: Progress) -> None:
+        if progress.phase:
+            study.set_user_attr("stop", "now")
+
+    outcome = run(timed(store, 4), watch)
+    assert outcome.ended.startswith("stopped on demand")
+    assert study.trials[number].state is TrialState.RUNNING
+
+
+def test_what_was_taken_over_is_recorded_by_one_only(store: Path) -> None:
+    """This worker was taken for dead, and another one has its trial again, when it comes to its end."""
+    search = make_search(store, 3)
+    run(replace(search, budget=Budget(trials=1)), quiet)
+
+    def taken_over(count: int) -> None:
+        study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+        running = [t for t in study.trials if t.state is TrialState.RUNNING]
+        if count and len(study.trials) < 3:
+            requeue(study, running[0].number)
+
+    outcome = run(make_search(store, 3, taken_over), quiet)
+    digests = [record.plan.digest for record in outcome.records]
+    assert len(digests) == len(set(digests)) == 3
+    assert len(set(counted(store))) == len(counted(store)) == 3
+    assert search.tracker.open_trials(outcome.study) == []

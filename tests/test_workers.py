@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -98,6 +99,7 @@ def test_ctrl_c_ends_all_of_them(
         out = begun[0][1].stdout
         assert out is not None
         assert out.readline() == b"ready\n"
+        optuna.create_study(study_name=search.name, storage=search.storage, load_if_exists=True)
         study = search.tracker.open_study(search.name, "w", search.config, search.fingerprint)
         return Outcome(study, (), (), INTERRUPTED)
 

@@ -28,7 +28,7 @@ from search.space import build_space
 from search.storage import RETRIES, counted, failed, open_storage
 from search.study import Progress, Search, run
 from search.tracking import Tracker
-from tests.studies import CountingRuntime, make_search, quiet
+from tests.studies import CountingRuntime, make_search
 from tests.zoo import images
 
 LEDGER = "ledger"
@@ -170,7 +170,6 @@ def main() -> None:
     if wanted.tracking is None:
         make().tracker.check()
     kill_at_random(make, wanted.folder, wanted.kills, wanted.seed, wanted.workers, wanted.longest)
-    run(make(), quiet)
     found = {"kills": wanted.kills, "seed": wanted.seed, **check(make(), wanted.folder, wanted.trials)}
     print(json.dumps({**found, "seconds": round(time.monotonic() - began)}))
 
