@@ -202,7 +202,11 @@ class _Loop:
             self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
         self.outbox = Outbox(search.tracker, self.run, search.folder / search.name / OUTBOX)
         self.outbox.deliver()
-        self._take(search.tracker.records(self.run))
+        self.records: tuple[TrialRecord, ...] = ()
+        told = self._others()
+        # A study from before workers told each other their records has these in the tracker alone.
+        done = [t for t in counted(self.study) if t.state is not TrialState.FAIL]
+        self._take(told if len(told) >= len(done) else search.tracker.records(self.run))
         self.spent_before = spent_s(self.study)
         self.began = time.perf_counter()
         self.looked_after = -math.inf
@@ -268,8 +272,14 @@ class _Loop:
         self._deliver_all()
         with exclusively(self.search.storage, self.search.name):
             _patiently(self._close_what_is_left_open)
-        self._take(_patiently(lambda: self.search.tracker.records(self.run)))
+        self._take([self._located(record) for record in self._others()])
         self._save_front()
+
+    def _located(self, record: TrialRecord) -> TrialRecord:
+        """With where its files are, which was not known yet while the tracker was away."""
+        if not record.measured or record.artifact_uri is not None:
+            return record
+        return _patiently(lambda: self.search.tracker.find(self.run, record.plan.digest)) or record
 
     def _deliver_all(self) -> None:
         began = time.monotonic()
