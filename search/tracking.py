@@ -41,6 +41,9 @@ from search.trial import Stop, TrialRecord
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A server that is away it would try for minutes, while whoever calls has better things to do.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 with warnings.catch_warnings():
     # mlflow.pyfunc warns, as it is imported, about the type hints of its own classes.
@@ -615,9 +618,6 @@ class _Remote:
     def __init__(self, client: Any, uri: str) -> None:
         self._client, self._uri = client, uri
         self._again = -math.inf
-        # MLflow would try for minutes, while whoever calls has better things to do.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
