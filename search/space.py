@@ -253,6 +253,10 @@ def _method(
             + ("" if groups or compressor.off[0] not in space else ", for any layer of this model"),
             f"give it choices, or leave {name} out of compressor=[...]",
         )
+    for knob in deciding:
+        if knob.choices and compressor.off[1] not in knob.choices:
+            problem = f"has no {compressor.off[1]}, at which the method does nothing"
+            raise ConfigError(f"compressor.{name}.space.{knob.key}.choices", problem, f"add {compressor.off[1]}")
     others = tuple(k for k in knobs if k.key != compressor.off[0])
     removes = isinstance(compressor, Removing)
     return Method(name, compressor.stage, deciding, others, compressor.off, when == "structure", removes)

@@ -178,3 +178,8 @@ def test_the_cache_has_a_bound(store: Path) -> None:
 def test_a_cache_without_room_is_refused(value: str, store: Path) -> None:
     with pytest.raises(ConfigError, match="cache_gb"):
         built(store, f"cache_gb={value}")
+
+
+def test_choices_without_the_one_that_does_nothing_are_refused(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compressor\.prune\.space\.sparsity\.choices: has no 0\.0"):
+        built(store, "compressor.prune.space.sparsity.choices=[0.25,0.5]", "compressor=[prune,quantize]")

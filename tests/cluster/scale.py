@@ -119,10 +119,10 @@ def worker(search: Search, folder: Path, seconds: float, began: float) -> None:
     entered = [0.0]
 
     @contextlib.contextmanager
-    def timed(url: str, what: str) -> Iterator[None]:
+    def timed(url: str, what: str) -> Iterator[Any]:
         entered[0] = time.perf_counter()
-        with exclusively(url, what):
-            yield
+        with exclusively(url, what) as held:
+            yield held
 
     def asked(self: Any) -> Any:
         turn = time.perf_counter()

@@ -296,7 +296,6 @@ def ray_head(folder: Path, env: Mapping[str, str]) -> Iterator[tuple[Callable[[]
         **env,
         "RAY_agent_register_timeout_ms": "120000",
         "RAY_raylet_start_wait_time_s": "120",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
