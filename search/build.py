@@ -73,6 +73,9 @@ KINDS: dict[str, tuple[tuple[type | None, ...], str]] = {
     "evaluator": ((dict,), "choose at least one with evaluator=[...]"),
 }
 
+# Where what a configuration calls may come from.
+OURS = ("compressors.", "evaluators.", "search.", "optuna.samplers.")
+
 # The options that are addresses.
 ADDRESSES = (("storage", "url"), ("tracking", "uri"))
 
@@ -193,7 +196,7 @@ def selection(overrides: Sequence[str]) -> Selection:
     """
     tracker = open_tracker(compose(overrides))
     study = tracker.study(str(compose(overrides).study))
-    stored = cast(DictConfig, OmegaConf.create(tracker.read_study_file(study, CONFIG_FILE) or "{}"))
+    stored = _trusted(tracker.read_study_file(study, CONFIG_FILE) or "{}", compose(overrides))
     quality = [f"quality={stored.quality}"] if "quality" in stored else []
     config = compose([*quality, *overrides])
     named = {_key(override).split(".")[0] for override in overrides}
@@ -227,7 +230,7 @@ def open_tracker(config: DictConfig) -> Tracker:
 
 def recorded(text: str, config: DictConfig) -> DictConfig:
     """A study's own configuration, with the folders and stores of the one at hand."""
-    stored = cast(DictConfig, OmegaConf.create(text))
+    stored = _trusted(text, config)
     for name in (
         "folder",
         "cache",
@@ -242,6 +245,29 @@ def recorded(text: str, config: DictConfig) -> DictConfig:
     ):
         stored[name] = config[name]
     return stored
+
+
+def _trusted(text: str, config: DictConfig) -> DictConfig:
+    """A configuration from a store that others may write to: what it would call must be ours, or named here as well."""
+    stored = cast(DictConfig, OmegaConf.create(text))
+    known = set(_targets(OmegaConf.to_container(config, resolve=False)))
+    for target in _targets(OmegaConf.to_container(stored, resolve=False)):
+        if target not in known and not target.startswith(OURS):
+            problem = f"was begun with {target!r}, which is none of compareto's and would be run here"
+            raise ConfigError("study", problem, "if you trust it, name it on this command line too")
+    return stored
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """All that instantiating a configuration would call."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for child in node.values():
+            yield from _targets(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from _targets(child)
 
 
 def from_yaml(text: str) -> DictConfig:

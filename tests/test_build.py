@@ -183,3 +183,18 @@ def test_a_cache_without_room_is_refused(value: str, store: Path) -> None:
 def test_choices_without_the_one_that_does_nothing_are_refused(store: Path) -> None:
     with pytest.raises(ConfigError, match=r"compressor\.prune\.space\.sparsity\.choices: has no 0\.0"):
         built(store, "compressor.prune.space.sparsity.choices=[0.25,0.5]", "compressor=[prune,quantize]")
+
+
+def test_a_configuration_from_a_store_calls_nothing_but_what_is_ours(store: Path) -> None:
+    evil = "model: {name: x, network: {_target_: os.system, command: 'touch /tmp/owned'}}"
+    with pytest.raises(ConfigError, match=r"begun with 'os\.system', which is none of compareto's"):
+        build.recorded(evil, build.compose([f"folder={store}"]))
+    hidden = "sampler: {deep: [{_target_: subprocess.run}]}"
+    with pytest.raises(ConfigError, match=r"subprocess\.run"):
+        build.recorded(hidden, build.compose([]))
+
+
+def test_what_is_named_on_the_command_line_too_is_trusted() -> None:
+    stored = "sampler: {_target_: mine.Sampler}"
+    again = build.recorded(stored, build.compose(["sampler._target_=mine.Sampler"]))
+    assert again.sampler._target_ == "mine.Sampler"
