@@ -283,15 +283,14 @@ class _Loop:
 
     def _deliver_all(self) -> None:
         began = time.monotonic()
-        while self.outbox.waiting:
-            self._deliver()
-            if not self.outbox.waiting:
-                break
+        self._deliver()
+        while kept := self.outbox.waiting:
             if time.monotonic() - began > PATIENCE_S:
-                problem = f"does not answer; {self.outbox.waiting} finished trials wait in {self.outbox.folder}"
+                problem = f"does not answer; {kept} finished trials wait in {self.outbox.folder}"
                 raise ConfigError("tracking.uri", problem, "start the server: the same command sends them")
             self._show("waiting for the MLflow server")
             time.sleep(IDLE_S)
+            self._deliver()
 
     def _budget_spent(self) -> tuple[str, bool]:
         """Why to end, if so; and whether to stay around, as others may yet leave something to do."""

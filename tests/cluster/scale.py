@@ -52,7 +52,7 @@ class Sleeper:
         return record_of(number, plan), None
 
     def complete(self, record: TrialRecord, deployed: Deployed, clock: Clock) -> TrialRecord:
-        raise NotImplementedError
+        return record
 
     def close(self) -> None: ...
 
