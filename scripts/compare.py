@@ -74,7 +74,7 @@ def run_all(jobs: Sequence[Job], at_once: int) -> None:
 def _forget_places(log: Path, work: str) -> None:
     """A log that is kept must not tell where things lay on one machine: tools print whole paths."""
     text = log.read_text().replace(work, "WORK")
-    log.write_text(re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+", "SCRATCH", text))
+    log.write_text(re.sub(rf"{re.escape(tempfile.gettempdir())}/{tempfile.gettempprefix()}\w+", "SCRATCH", text))
 
 
 def retime(jobs: Sequence[Job]) -> None:

@@ -3,11 +3,12 @@
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,8 @@ from search.storage import (
     is_dead,
     open_storage,
     per_hour,
+    running,
+    snapshot,
     spent_s,
     state,
 )
@@ -54,17 +57,16 @@ class Status:
 def status(storage: str, name: str) -> Status:
     """Read it, against the budget of the worker that came last; `ConfigError` when there is no study of that name."""
     study = _study(storage, name)
-    trials = study.get_trials(deepcopy=False)
-    running = [t for t in trials if t.state is TrialState.RUNNING]
-    done = counted(study)
+    trials = snapshot(study)
+    done = counted(trials)
     budget = study.user_attrs.get(BUDGET, {})
     return Status(
         study=name,
-        workers=tuple(_worker(trial) for trial in running if trial.user_attrs.get(OWNER)),
+        workers=tuple(_worker(trial) for trial in running(trials) if trial.user_attrs.get(OWNER)),
         states=dict(Counter(map(state, trials))),
         per_hour=per_hour(done),
         left_trials=None if budget.get("trials") is None else max(0, budget["trials"] - len(done)),
-        left_s=None if budget.get("minutes") is None else _left_s(study, 60 * budget["minutes"]),
+        left_s=None if budget.get("minutes") is None else _left_s(study, trials, 60 * budget["minutes"]),
     )
 
 
@@ -72,7 +74,7 @@ def stop(storage: str, name: str) -> int:
     """Have every worker end after its running trial; how many are at work."""
     study = _study(storage, name)
     study.set_user_attr(STOP, uuid.uuid4().hex)
-    return len(at_work(study))
+    return len(at_work(snapshot(study)))
 
 
 def show(found: Status, console: Console) -> None:
@@ -106,11 +108,11 @@ def _study(storage: str, name: str) -> optuna.Study:
         raise ConfigError("study", problem, remedy) from None
 
 
-def _left_s(study: optuna.Study, whole_s: float) -> float:
+def _left_s(study: optuna.Study, trials: Sequence[FrozenTrial], whole_s: float) -> float:
     """While workers are at it, what there was at the newest start less the time since."""
-    active = at_work(study)
+    active = at_work(trials)
     if not active or study.user_attrs.get(REMAINING) is None:
-        return max(0.0, whole_s - spent_s(study))
+        return max(0.0, whole_s - spent_s(trials))
     since = time.time() - max(t.datetime_start.timestamp() for t in active if t.datetime_start)
     return max(0.0, float(study.user_attrs[REMAINING]) - since)
 

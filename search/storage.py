@@ -212,10 +212,15 @@ def concluding(url: str, name: str, trials: int) -> Iterator[bool]:
             study.set_user_attr(CONCLUDED, trials)
 
 
-def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that used up budget: finished, not answered from an earlier one, not queued again for another worker."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [t for t in finished if "duplicate_of" not in t.user_attrs and (t.state is not TrialState.FAIL or failed(t))]
+def snapshot(study: optuna.Study) -> list[FrozenTrial]:
+    """All trials at this moment, nobody's to change. It reads those that run anew, so one serves a whole decision."""
+    return study.get_trials(deepcopy=False)
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that used up budget: finished, not answered from an earlier one, not queued again for another worker."""
+    done = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) or failed(t)]
+    return [t for t in done if "duplicate_of" not in t.user_attrs]
 
 
 def failed(trial: FrozenTrial) -> bool:
@@ -225,16 +230,20 @@ def failed(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.FAIL and (died or bool({"error", "missed"} & set(trial.user_attrs)))
 
 
-def answered(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials whose plan need not be tried again: finished for a reason of the plan's own, or being measured now."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in (*counted(study), *running) if "missed" not in t.user_attrs]
+def answered(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those whose plan need not be tried again: finished for a reason of the plan's own, or being measured now."""
+    return [t for t in (*counted(trials), *running(trials)) if "missed" not in t.user_attrs]
 
 
-def spent_s(study: optuna.Study) -> float:
+def running(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that somebody is at, was at when it died, or that wait to be measured."""
+    return [t for t in trials if t.state is TrialState.RUNNING]
+
+
+def spent_s(trials: Sequence[FrozenTrial]) -> float:
     """Seconds in which at least one of the trials that count was under way."""
     spent, until = 0.0, 0.0
-    for begin, end in sorted((_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in counted(study)):
+    for begin, end in sorted((_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in counted(trials)):
         spent += max(0.0, end - max(begin, until))
         until = max(until, end)
     return spent
@@ -242,7 +251,7 @@ def spent_s(study: optuna.Study) -> float:
 
 def requeue(study: optuna.Study, number: int) -> None:
     """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
-    lost = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
+    lost = snapshot(study)[number]
     study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
     # The callback adds to the trial's history in place, which is not ours; and what was known of it no longer holds.
     again = copy.deepcopy(lost)
@@ -260,7 +269,7 @@ def dead(study: optuna.Study, silent: dict[int, float]) -> list[FrozenTrial]:
     stale = set(cast(RDBStorage, study._storage)._get_stale_trial_ids(study._study_id))
     now = time.monotonic()
     found = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in running(snapshot(study)):
         owner = trial.user_attrs.get(OWNER)
         if trial._trial_id not in stale or owner == "" or (owner and is_alive_here(owner)):
             silent.pop(trial._trial_id, None)
@@ -279,22 +288,20 @@ def is_dead(trial: FrozenTrial) -> bool:
     return owner is None or (owner != "" and is_gone(owner))
 
 
-def at_work(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that processes, none of them known to be gone, are carrying out now."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in running if t.user_attrs.get(OWNER) and not is_dead(t)]
+def at_work(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that processes, none of them known to be gone, are carrying out now."""
+    return [t for t in running(trials) if t.user_attrs.get(OWNER) and not is_dead(t)]
 
 
-def waiting(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that are all but measured, and that nobody is measuring now."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [t for t in running if WAITS in t.user_attrs and not t.user_attrs.get(OWNER)]
+def waiting(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that are all but measured, and that nobody is measuring now."""
+    return [t for t in running(trials) if WAITS in t.user_attrs and not t.user_attrs.get(OWNER)]
 
 
 def busy(url: str, name: str) -> int:
     """How many trials are being carried out, or wait to be measured."""
-    study = optuna.load_study(study_name=name, storage=open_storage(url))
-    return len(at_work(study)) + len(waiting(study))
+    trials = snapshot(optuna.load_study(study_name=name, storage=open_storage(url)))
+    return len(at_work(trials)) + len(waiting(trials))
 
 
 def state(trial: FrozenTrial) -> str:

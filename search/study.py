@@ -49,6 +49,8 @@ from search.storage import (
     per_hour,
     quiet,
     requeue,
+    running,
+    snapshot,
     spent_s,
     waiting,
 )
@@ -176,7 +178,8 @@ def run(search: Search, watch: Watcher) -> Outcome:
         loop.conclude()
     finally:
         loop.outbox.close()
-    others = len(at_work(loop.study)) + len(waiting(loop.study))
+    trials = snapshot(loop.study)
+    others = len(at_work(trials)) + len(waiting(trials))
     return Outcome(loop.run, loop.records, tuple(loop.front), ended, others)
 
 
@@ -205,9 +208,13 @@ class _Loop:
         self.records: tuple[TrialRecord, ...] = ()
         told = self._others()
         # A study from before workers told each other their records has these in the tracker alone.
-        done = [t for t in counted(self.study) if t.state is not TrialState.FAIL]
+        trials = snapshot(self.study)
+        done = [t for t in counted(trials) if t.state is not TrialState.FAIL]
         self._take(told if len(told) >= len(done) else search.tracker.records(self.run))
-        self.spent_before = spent_s(self.study)
+        self.spent_before = spent_s(trials)
+        # Baselines and uniform plans, which every worker sees to before it asks the sampler.
+        plans = (*search.space.baselines(), *search.space.uniform(search.sparing))
+        self.first = {search.space.sample(FixedTrial(answers)).digest: answers for answers in plans}
         self.began = time.perf_counter()
         self.looked_after = -math.inf
         self.silent: dict[int, float] = {}
@@ -244,11 +251,12 @@ class _Loop:
                     return STOPPED
                 if time.perf_counter() - self.looked_after > HEARTBEAT_S:
                     self._take_up_the_dead()
-                left = self._take_waiting() if self.search.measure != "never" else None
-                ended, idle = ("", False) if left else self._budget_spent()
+                trials = snapshot(self.study)
+                left = self._take_waiting(trials) if self.search.measure != "never" else None
+                ended, idle = ("", False) if left else self._budget_spent(trials)
                 if ended and not idle:
                     return ended
-                asked = None if left or idle else self._ask()
+                asked = None if left or idle else self._ask(trials)
                 if asked and not held():
                     # Somebody else may have counted and asked meanwhile: it is as if this one had not.
                     self._put_back(asked[0])
@@ -292,24 +300,23 @@ class _Loop:
             time.sleep(IDLE_S)
             self._deliver()
 
-    def _budget_spent(self) -> tuple[str, bool]:
+    def _budget_spent(self, trials: Sequence[FrozenTrial]) -> tuple[str, bool]:
         """Why to end, if so; and whether to stay around, as others may yet leave something to do."""
         budget = self.search.budget
-        done, elapsed = len(counted(self.study)), self._elapsed()
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        done, now, elapsed = len(counted(trials)), running(trials), self._elapsed()
         # A worker that dies leaves its trial; and those who cannot measure leave theirs to the others.
-        others = [t for t in running if self.search.measure != "never" or WAITS not in t.user_attrs]
-        if budget.trials is not None and done + len(running) >= budget.trials:
+        others = [t for t in now if self.search.measure != "never" or WAITS not in t.user_attrs]
+        if budget.trials is not None and done + len(now) >= budget.trials:
             return f"budget spent: {done} of {budget.trials} trials", done < budget.trials and bool(others)
         if budget.minutes is not None and elapsed >= 60 * budget.minutes:
-            trained = self.search.measure == "all" and any(WAITS in t.user_attrs for t in running)
+            trained = self.search.measure == "all" and any(WAITS in t.user_attrs for t in now)
             spent = f"budget spent: {elapsed / 60:.1f} of {budget.minutes:g} minutes, {done} trials"
-            return spent, trained or (self.search.measure == "only" and bool(running))
+            return spent, trained or (self.search.measure == "only" and bool(now))
         return "", self.search.measure == "only"
 
-    def _take_waiting(self) -> FrozenTrial | None:
+    def _take_waiting(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """A trial that lacks nothing but what is measured here, signed."""
-        for trial in waiting(self.study)[:1]:
+        for trial in waiting(trials)[:1]:
             Trial(self.study, trial._trial_id).set_user_attr(OWNER, this_process())
             return trial
         return None
@@ -336,24 +343,20 @@ class _Loop:
         if told is not None:
             self._tell(trial, told)
 
-    def _ask(self) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
-        """The next trial, signed; baselines and uniform plans that are still missing come before the sampler's own."""
-        known = {t.user_attrs.get("digest") for t in answered(self.study)}
-        space = self.search.space
-        for answers in (*space.baselines(), *space.uniform(self.search.sparing)):
-            if space.sample(FixedTrial(answers)).digest not in known:
-                self.study.enqueue_trial(answers)
-                break
+    def _ask(self, trials: Sequence[FrozenTrial]) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
+        """The next trial, signed, and an earlier one of the same plan; the `first` plans come before the sampler's."""
+        known = {str(t.user_attrs.get("digest")): t for t in reversed(answered(trials))}
+        missing = next((answers for digest, answers in self.first.items() if digest not in known), None)
+        if missing is not None:
+            self.study.enqueue_trial(missing)
         minutes = self.search.budget.minutes
         self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
         with quiet():
             trial = self.study.ask()
         trial.set_user_attr(OWNER, this_process())
-        plan = space.sample(trial)
-        others = (t for t in answered(self.study) if t.number != trial.number)
-        twin = next((t for t in others if t.user_attrs.get("digest") == plan.digest), None)
+        plan = self.search.space.sample(trial)
         trial.set_user_attr("digest", plan.digest)
-        return trial, plan, twin
+        return trial, plan, known.get(plan.digest)
 
     def _one(self, trial: Trial, plan: CompressionPlan) -> None:
         """Carry out and tell, unless a worker that died before it could tell Optuna had measured and recorded it."""
@@ -397,7 +400,7 @@ class _Loop:
 
     def _refuse_if_lost(self, trial: Trial) -> None:
         """Raises where another worker took this one for dead, and does its trial again."""
-        stored = self.study.get_trials(deepcopy=False)[trial.number]
+        stored = snapshot(self.study)[trial.number]
         if stored.state is not TrialState.RUNNING or stored.user_attrs.get(OWNER) != this_process():
             raise UpdateFinishedTrialError(f"trial {trial.number} was taken over")
 
@@ -460,13 +463,13 @@ class _Loop:
     def _others(self) -> Sequence[TrialRecord]:
         """The records so far, with those that other workers have told of; the tracker is for people to read."""
         known = {record.plan.digest for record in self.records}
-        told = (t.user_attrs for t in counted(self.study) if RECORD in t.user_attrs)
+        told = (t.user_attrs for t in counted(snapshot(self.study)) if RECORD in t.user_attrs)
         new = [record_from_json(user[RECORD]) for user in told if user["digest"] not in known]
         return sorted([*self.records, *new], key=lambda record: record.number)
 
     def _expected(self, trial: Trial) -> dict[str, float]:
         """Asked of the storage: the live trial does not see what the sampler wrote."""
-        stored = self.study.get_trials(deepcopy=False)[trial.number]
+        stored = snapshot(self.study)[trial.number]
         names = (metric.name for metric in self.search.objectives)
         return dict(zip(names, stored.user_attrs.get(EXPECTED, ()), strict=False))
 
@@ -514,7 +517,7 @@ class _Loop:
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue, and close the runs they left open."""
         self.looked_after = time.perf_counter()
-        told = {str(t.user_attrs.get("digest")) for t in counted(self.study)}
+        told = {str(t.user_attrs.get("digest")) for t in counted(snapshot(self.study))}
         for trial in dead(self.study, self.silent):
             # It may tell in this moment.
             with suppress(UpdateFinishedTrialError):
@@ -541,9 +544,9 @@ class _Loop:
 
     def _close_what_is_left_open(self) -> None:
         """End the runs of trials that nobody is at."""
-        running = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+        now = {trial.number for trial in running(snapshot(self.study))}
         for left in self.search.tracker.open_trials(self.run):
-            if left.number not in running:
+            if left.number not in now:
                 self.search.tracker.kill_trial(left.run_id)
 
     def _deliver(self) -> None:
@@ -556,7 +559,7 @@ class _Loop:
         return self.spent_before + time.perf_counter() - self.began
 
     def _show(self, phase: str) -> None:
-        done = len(counted(self.study)) if not phase else len(self.records)
+        done = len(counted(snapshot(self.study))) if not phase else len(self.records)
         self.watch(
             Progress(done, self.records, self.front, phase, self._elapsed(), self.duplicates, self.search.budget)
         )
@@ -568,12 +571,12 @@ class _Loop:
             for m in self.search.objectives
             if on_front
         }
-        left = self.study.user_attrs.get(REMAINING)
+        left, trials = self.study.user_attrs.get(REMAINING), snapshot(self.study)
         standing = {
             "trials": len(self.records),
             "front": len(on_front),
-            "workers": 1 + len(at_work(self.study)),
-            "trials_per_hour": per_hour(counted(self.study)) or 0.0,
+            "workers": 1 + len(at_work(trials)),
+            "trials_per_hour": per_hour(counted(trials)) or 0.0,
             **({} if left is None else {"left_s": left}),
         }
         with suppress(Away):

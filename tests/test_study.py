@@ -353,7 +353,7 @@ def test_a_trial_of_another_live_process_is_at_work_and_one_of_a_dead_process_is
     study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
     host, pid, started = this_process().rsplit(":", 2)
     study.ask().set_user_attr("owner", f"{host}:{pid}:{int(started) + 1}")
-    assert at_work(study) == []
+    assert at_work(study.trials) == []
     study.ask().set_user_attr("owner", this_process())
     assert run(make_search(store, 2), quiet).others == 1
 
@@ -367,7 +367,7 @@ def test_time_in_which_several_workers_were_at_it_counts_once(store: Path) -> No
         for name, since in moments.items():
             setattr(trial, name, began + since)
         study.add_trial(trial)
-    assert spent_s(study) == pytest.approx(13)
+    assert spent_s(study.trials) == pytest.approx(13)
 
 
 # -- Workers that leave and take over

@@ -114,7 +114,7 @@ def check(search: Search, folder: Path, trials: int) -> dict[str, int]:
     """Raises AssertionError where anything was lost, doubled or left; what there is, as numbers."""
     study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))
     everything = study.get_trials(deepcopy=False)
-    done = counted(study)
+    done = counted(everything)
     assert len(done) == trials, f"the budget of {trials} trials was not met exactly: {len(done)}"
     assert not [t.number for t in everything if t.state is TrialState.RUNNING], "a trial was left running"
     complete = [t for t in done if t.state is TrialState.COMPLETE]

@@ -172,7 +172,7 @@ def main() -> None:
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
     rows = [json.loads(line) for line in (wanted.folder / ASKS).read_text().splitlines()]
     study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))
-    done = [t for t in counted(study) if t.number >= wanted.before]
+    done = [t for t in counted(study.trials) if t.number >= wanted.before]
     asks, waits = zip(*(pair for row in rows for pair in row["asks"]), strict=True)
     print(json.dumps({**report(done, wanted), "ask_ms": spread(asks), "ask_with_waiting_ms": spread(waits)}))
 

@@ -65,7 +65,7 @@ def start(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> "su
 
 def finished(storage: str) -> int:
     """Trials that count so far."""
-    return len(counted(_study(storage)))
+    return len(counted(_study(storage).trials))
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def check(storage: str, server: str, trials: int) -> dict[str, int]:
     """The budget was met exactly, nothing was lost, doubled or left open; what there is, as numbers."""
     study = _study(storage)
     everything = study.get_trials(deepcopy=False)
-    done = counted(study)
+    done = counted(everything)
     assert len(done) == trials, f"{len(done)} trials count"
     assert not [t.number for t in everything if t.state is TrialState.RUNNING]
     tracker = Tracker(server)
