@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,29 @@ def machine() -> dict[str, Scalar]:
 def versions() -> dict[str, Scalar]:
     """Python and the packages that make or run the deployed files."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def memory_bytes() -> int:
+    """What this process may use: the machine's memory, or less where a container or a job has a limit."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_limits_of_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _limits_of_groups(membership: Path, root: Path) -> Iterator[int]:
+    """Of the group and all above it, by both versions of the kernel's interface (cgroups(7))."""
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = root / controllers / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / name).exists():
+                limit = (folder / name).read_text().strip()
+                if limit.isdigit():
+                    yield int(limit)
+            if folder == root / controllers:
+                break
 
 
 def _cpuinfo() -> dict[str, str]:

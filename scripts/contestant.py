@@ -34,10 +34,11 @@ from scripts.rivals.environment import Environment, environment, script
 from scripts.rivals.exchange import Entry, handed_in
 from scripts.summary import save, with_hypervolumes
 from search import build
-from search.pareto import distinct, front
+from search.loop import run
+from search.pareto import front
 from search.progress import ProgressView
 from search.report import describe
-from search.study import Budget, Search, Watcher, run
+from search.study import Budget, Search, Watcher
 from search.trial import Clock, TrialRecord
 from search.workload import tensors_digest
 
@@ -319,7 +320,6 @@ def written(job: Job, search: Search, outcome: Outcome) -> dict[str, Any]:
         "scale": {split: _scale(job, search, reference, split) for split in ("validation", "test")},
         "trials": [_row(f) for f in outcome.finished],
         "duplicates": outcome.duplicates,
-        "distinct": len(distinct(rows)),
         "front": [_member(job, search, measured[i], outcome.folders, chosen=i in best) for i in front(rows)],
     }
 

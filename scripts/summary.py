@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from compressors.errors import ConfigError
-from search.pareto import hypervolume
+from evaluators.measurement import Measurement, Metric
+from search.pareto import distinct, hypervolume
 
 Result = Mapping[str, Any]
 """One run's file, as `contestant.py` writes it."""
 Point = tuple[float, float]
 """Latency ratio and quality."""
 
+METRICS = (Metric("quality", "share", "maximize"), Metric("latency_ratio", "of reference", "minimize"))
 SEARCHES = ("guided", "tpe", "nsga2", "random", "uniform")
 COLOURS = ("#c8102e", "#1f5fa8", "#e07b00", "#6b7680", "#2e8b57", "#8e44ad", "#b8860b", "#17a2b8", "#555555")
 
@@ -39,10 +41,10 @@ class Scale:
 
 
 def with_hypervolumes(result: Result) -> dict[str, Any]:
-    """The result with all hypervolumes filled in from its points.
+    """The result with what follows from its points filled in: all hypervolumes.
 
     On validation after each trial, and on test for the versions that were chosen on validation; their latencies are
-    those of the second reading where there is one.
+    those of the second reading where there is one. And how many distinct points the validation front has.
     """
     validation, test = Scale(*result["scale"]["validation"]), Scale(*result["scale"]["test"])
     seen: list[Point] = []
@@ -54,9 +56,14 @@ def with_hypervolumes(result: Result) -> dict[str, Any]:
     return {
         **result,
         "trials": trials,
+        "distinct": len(distinct([_bands(m) for m in result["front"] if m["quality"][0] >= validation.worthless])),
         "validation_hypervolume": round(validation.hypervolume(seen), 6),
         "test_hypervolume": round(test.hypervolume(chosen), 6),
     }
+
+
+def _bands(member: Mapping[str, Any]) -> list[Measurement]:
+    return [Measurement(m, row[0], (row[1], row[2]), 1, {}) for m in METRICS for row in [member[m.name]]]
 
 
 def first_to_reach(result: Result, target: float) -> int | None:

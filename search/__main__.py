@@ -12,7 +12,7 @@ from compressors.errors import ConfigError
 from search import build
 from search.conclude import conclude, conclude_once, show
 from search.progress import ProgressView
-from search.tracking import Away
+from search.remote import Away
 from search.workers import run_together
 
 

@@ -1,6 +1,7 @@
 """Addresses of databases and servers, whose passwords must never be shown or written; it opens none of them."""
 
 import re
+from urllib.parse import quote
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -11,15 +12,15 @@ def shown(address: str) -> str:
     found = _parsed(address)
     if found is None:
         return re.sub(r"//[^@/]*@", "//***@", address)
-    secret = password(address)
-    plain = found.render_as_string(hide_password=True)
-    return plain.replace(secret, "***") if secret else plain
+    return masked(found.render_as_string(hide_password=True), address)
 
 
 def masked(text: str, address: str) -> str:
     """A message without the password of the address that it may quote."""
     secret = password(address)
-    return text.replace(secret, "***") if secret else text
+    # Any of its characters may be written as in addresses.
+    spelled = "".join(f"(?:{re.escape(c)}|{quote(c, safe='')})" for c in secret or "")
+    return re.sub(spelled, "***", text, flags=re.IGNORECASE) if secret else text
 
 
 def password(address: str) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -23,7 +23,7 @@ from compressors.layers import read_layers
 from compressors.pipeline import Compressor
 from compressors.plan import Scalar, digest
 from evaluators.evaluation import Evaluator
-from evaluators.machine import machine, versions
+from evaluators.machine import machine, memory_bytes, versions
 from evaluators.measurement import Metric
 from evaluators.runtime import Runtime
 from evaluators.score import Score
@@ -79,11 +79,17 @@ OURS = ("compressors.", "evaluators.", "search.", "optuna.samplers.")
 # The options that are addresses.
 ADDRESSES = (("storage", "url"), ("tracking", "uri"))
 
+# Stands for what an address takes from the environment.
+HIDDEN = "HIDDEN"
+
 # Of the machine's memory, for one trial, if limits.memory_gb is null.
 MEMORY_SHARE = 0.8
 
 # What decides whether two runs belong to the same study, beside model, data, machine and versions.
 FINGERPRINTED = ("compressor", "runtime", "evaluator", "task", "objectives", "bounds", "seed", "recovery_batch")
+
+# What of it decides what is made from a plan, beside the compressors' own settings; the cache is shared by it.
+MAKING = ("runtime", "task", "seed", "recovery_batch")
 
 
 def build(
@@ -115,10 +121,10 @@ def build(
     ladder = _ladder(config, objectives, bounds, rule.speed)
     compressors: dict[str, Compressor] = {}
     spaces: dict[str, Mapping[str, Any]] = {}
-    for name, node in config.compressor.items():
-        fields = _plain(node)
-        spaces[name] = fields.pop("space", {})
-        compressors[name] = make(f"compressor.{name}", fields)
+    fields = {str(name): _plain(node) for name, node in config.compressor.items()}
+    for name, own in fields.items():
+        spaces[name] = own.pop("space", {})
+        compressors[name] = make(f"compressor.{name}", own)
     tracker.check(str(config.study))
     open_storage(str(config.storage.url))
 
@@ -130,7 +136,8 @@ def build(
     prints = workload.fingerprint()
     prints |= {f"metric.{n}": code_digest(e.function) for n, e in (extra or {}).items() if isinstance(e, Score)}
     environment = {**machine(), **versions()}
-    shared = cache / digest([prints, environment, {k: _plain(config[k]) for k in FINGERPRINTED}])
+    # Not what is searched for or measured: another search of the same model finds what this one has made.
+    shared = cache / digest([prints, environment, fields, {k: _plain(config[k]) for k in MAKING}])
     # A guide speaks of the quality: where that is no objective, there is nothing to be guided by.
     guided &= any(metric.name == str(config.quality) for metric in objectives)
     known = guide(workload, layers, compressors, space, cache) if guided else None
@@ -157,7 +164,7 @@ def build(
         seed=config.seed,
         sparing=known is not None,
         ladder=ladder,
-        limits=_limits(config),
+        limits=None if config.limits is None else _limits(config),
         measure=config.measure,
     )
 
@@ -248,14 +255,25 @@ def recorded(text: str, config: DictConfig) -> DictConfig:
 
 
 def _trusted(text: str, config: DictConfig) -> DictConfig:
-    """A configuration from a store that others may write to: what it would call must be ours, or named here as well."""
+    """A configuration from a store that others may write to: what it would call must be ours, or named here as well.
+
+    Ours is what was made in a module of ours: through one of them, everything that it imports can be reached.
+    """
     stored = cast(DictConfig, OmegaConf.create(text))
     known = set(_targets(OmegaConf.to_container(config, resolve=False)))
     for target in _targets(OmegaConf.to_container(stored, resolve=False)):
-        if target not in known and not target.startswith(OURS):
+        if target not in known and not (target.startswith(OURS) and _made_in(target).startswith(OURS)):
             problem = f"was begun with {target!r}, which is none of compareto's and would be run here"
             raise ConfigError("study", problem, "if you trust it, name it on this command line too")
     return stored
+
+
+def _made_in(target: str) -> str:
+    """The module in which what a configuration names was defined; empty if there is no such thing."""
+    try:
+        return f"{get_object(target).__module__}."
+    except (HydraException, ImportError, ValueError, AttributeError):
+        return ""
 
 
 def _targets(node: Any) -> Iterator[str]:
@@ -278,6 +296,8 @@ def from_yaml(text: str) -> DictConfig:
 def for_worker(text: str) -> str:
     """The configuration of one of several processes: it starts none itself."""
     config = from_yaml(text)
+    if config.limits is not None:
+        config.limits.memory_gb = _limits(config).memory_gb
     config.workers = 1
     return OmegaConf.to_yaml(config)
 
@@ -290,13 +310,17 @@ def _without_secrets(config: DictConfig) -> DictConfig:
     kept = OmegaConf.create(_resolved(config))
     for group, key in ADDRESSES:
         written = _plain_unresolved(config[group]).get(key)
-        if "${oc.env:" in str(written):
+        if "${oc.env:" in str(written) and not _is_written(password(re.sub(r"\$\{[^}]*\}", HIDDEN, str(written)))):
             kept[group][key] = written
         elif password(str(kept[group].get(key))):
             problem = "has a password in it, which would be written into logs and records"
             remedy = f"put the address into the environment: {group}.{key}='${{oc.env:NAME}}'"
             raise ConfigError(f"{group}.{key}", problem, remedy)
     return kept
+
+
+def _is_written(secret: str | None) -> bool:
+    return bool(secret) and secret != HIDDEN
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
@@ -349,12 +373,10 @@ def _check(config: DictConfig) -> None:
         raise ConfigError("cache_gb", f"is {config.cache_gb}", "give a number above 0")
 
 
-def _limits(config: DictConfig) -> Limits | None:
-    """Without a bound of its own, a trial may take most of the machine's memory, but not bring it to a halt."""
-    if config.limits is None:
-        return None
-    memory, own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, config.limits.memory_gb
-    return Limits(config.limits.minutes, MEMORY_SHARE * memory if own is None else own)
+def _limits(config: DictConfig) -> Limits:
+    """Without a bound of its own, a trial may take most of its share of the memory, but not bring all to a halt."""
+    share, own = MEMORY_SHARE / max(config.workers, 1), config.limits.memory_gb
+    return Limits(config.limits.minutes, share * memory_bytes() / 1e9 if own is None else own)
 
 
 def _sampler(config: DictConfig, known: Guide | None, roles: Sequence[Role]) -> Callable[[int], Any]:

@@ -12,10 +12,13 @@ from rich.console import Console
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search import report
+from search.loop import INTERRUPTED, STOPPED
+from search.records import measurement_from
+from search.remote import Away
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
 from search.storage import concluding
-from search.study import INTERRUPTED, STOPPED, Outcome, Search
-from search.tracking import Away, StudyRun, Tracker, measurement_from
+from search.study import Outcome, Search
+from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 
 TEST_FILE = "test.json"

@@ -101,17 +101,14 @@ class Reader:
 
     def parse(self, answers: Answers) -> "Parsed":
         """Answers as indices; what was not asked counts as off."""
-        tables = self.tables
-        pick = [
-            _nearest(choices, answers.get(name), int(off))
-            for name, choices, off in zip(tables.names, tables.choices, tables.off, strict=True)
-        ]
+        variant = _match([v.answers for v in self.guide.variants], answers)
+        pick = self._picks(answers, variant)
         level = _nearest((0, *self.levels), answers.get(self.guide.growth[0]), 0) if self.guide.growth else 0
         own = frozenset((k, v) for k, v in answers.items() if k in self.guide.structural)
         bare = frozenset((k, v) for k, v in own if not self.guide.growth or k != self.guide.growth[0])
         return Parsed(
             tuple(pick),
-            _match([v.answers for v in self.guide.variants], answers),
+            variant,
             _match(self.guide.targets, answers),
             level,
             self.identity(answers),
@@ -119,9 +116,23 @@ class Reader:
             dict(own) if level else {},
         )
 
+    def _picks(self, answers: Answers, variant: int) -> list[int]:
+        tables = self.tables
+        asked = [
+            _nearest(choices, answers.get(name), int(off))
+            for name, choices, off in zip(tables.names, tables.choices, tables.off, strict=True)
+        ]
+        return [int(tables.same[variant, k, choice]) for k, choice in enumerate(asked)]
+
     def identity(self, answers: Answers) -> frozenset[tuple[str, Scalar]]:
-        """What makes a plan a new one."""
-        return frozenset((name, value) for name, value in answers.items() if name in self._own)
+        """What makes a plan a new one: not another name for the same choice."""
+        tables, told = self.tables, {name: value for name, value in answers.items() if name in self._own}
+        picks = self._picks(told, _match([v.answers for v in self.guide.variants], told))
+        for name, choices, pick in zip(tables.names, tables.choices, picks, strict=True):
+            # A number between choices is a choice of its own.
+            if told.get(name) in choices:
+                told[name] = choices[pick]
+        return frozenset(told.items())
 
     @cached_property
     def _own(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from typing import IO
 from compressors.plan import CompressionPlan
 from evaluators.runtime import Deployed, TensorSpec
 from search.liveness import this_process
-from search.tracking import Away, StudyRun, Tracker, record_from_json, record_to_json
+from search.records import record_from_json, record_to_json
+from search.remote import Away
+from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 
 FILES, LETTER = "model", "letter.json"
@@ -91,7 +94,12 @@ class Outbox:
     def resume(self, number: int, digest: str, run_id: str) -> tuple[Draft, TrialRecord, tuple[TensorSpec, ...]]:
         """A trial that another process left to be measured: its files, what is known, and inputs; raises `Away`."""
         folder = self._opened(number, digest)
-        record, inputs = self.tracker.unmeasured(run_id, folder)
+        try:
+            record, inputs = self.tracker.unmeasured(run_id, folder)
+        except BaseException:
+            # It may be tried again.
+            shutil.rmtree(folder)
+            raise
         return Draft(folder, number, record.plan, run_id, resumed=True), record, inputs
 
     def hand_over(self, draft: Draft, record: TrialRecord, deployed: Deployed) -> str:
@@ -102,13 +110,17 @@ class Outbox:
         return run_id
 
     def finish(self, draft: Draft, record: TrialRecord, deployed: Deployed | None) -> TrialRecord:
-        """Keep the record and its files, and send them; where the files are, the record says once they are there."""
+        """Keep the record and its files, and send them; where the files are, the record says once they are there.
+
+        Raises what a tracker on this machine raises; what a server refuses is put aside, as the record is good.
+        """
         inputs = deployed.inputs if deployed else ()
         if deployed is None:
             shutil.rmtree(draft.files)
         self._write(draft, replace(_blank(draft), record=record_to_json(record), inputs=inputs))
+        send = self._try if self.tracker.is_server else self._send
         try:
-            return self._send(draft.folder) or record
+            return send(draft.folder) or record
         except Away:
             return record
 
@@ -165,7 +177,12 @@ class Outbox:
             return sum((folder / LETTER).exists() for folder in folders)
 
     def _opened(self, number: int, digest: str) -> Path:
-        """A new folder for a trial; the lock says for as long as this process lives that it is not left behind."""
+        """A new folder for a trial; the lock says for as long as this process lives that it is not left behind.
+
+        Raises ValueError for a digest that would lead elsewhere: it may come from a storage that others write to.
+        """
+        if not re.fullmatch("[0-9a-f]+", digest):
+            raise ValueError(f"digest {digest!r} of trial {number} is none")
         if self._lock is None:
             self._own.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / f"{self._own.name}.lock").open("a")

@@ -101,8 +101,9 @@ class Proposer:
         """By chance, once all that compete were seen; None when that finds none either."""
         pick = rng.integers([len(choices) for choices in self.tables.choices], size=(BY_CHANCE, len(self.tables.names)))
         rows = self._fresh(pick, rng, TRIAL_S, np.zeros_like(pick, dtype=bool))
+        rows.pick = self._named(rows)
         rows.growth = rng.integers(1, len(self.reader.levels) + 1, BY_CHANCE) if self.reader.levels else rows.growth
-        possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), pick]).all(1)
+        possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), rows.pick]).all(1)
         for i in np.flatnonzero(possible):
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.reader.identity(answers) not in seen:
@@ -125,7 +126,13 @@ class Proposer:
             agreeing = [i for i, answers in enumerate(places) if agrees(answers, fixed)]
             if 0 < len(agreeing) < len(places):
                 setattr(rows, column, rng.choice(agreeing, len(rows.pick)))
+        rows.pick = self._named(rows)
         return rows
+
+    def _named(self, rows: Rows) -> Ints:
+        """Picks by the one name that each has in its variant."""
+        named: Ints = self.tables.same[rows.variant[:, None], np.arange(rows.pick.shape[1]), rows.pick]
+        return named
 
     def _new(self, standing: Standing, rng: np.random.Generator) -> Rows:
         """All knobs free, as little growth as there is."""
@@ -184,7 +191,9 @@ class Proposer:
         change = rng.random(pick.shape) < 1.5 / pick.shape[1]
         step = rng.choice([-1, 1], pick.shape)
         pick = np.where(change, np.clip(pick + step, 0, counts - 1), pick)
-        yield self._fresh(pick, rng, standing.seconds(0, 1), np.zeros_like(pick, dtype=bool))
+        rows = self._fresh(pick, rng, standing.seconds(0, 1), np.zeros_like(pick, dtype=bool))
+        rows.pick = self._named(rows)
+        yield rows
 
     def _solved(self, rows: Rows, outlook: Outlook, rng: np.random.Generator) -> Ints:
         n, costs = len(rows.pick), len(self.aim.costs)

@@ -49,7 +49,7 @@ def draw(
 ) -> list[Path]:
     """Write every picture and page of a study into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("pareto.png", "pareto.html", "layers.png", "front.json")
+    names = ("pareto.png", "pareto.html", "layers.png", "report.json")
     png, page, heat, table = (folder / name for name in names)
     pareto_png(records, front, choice, png, view)
     pareto_html(records, front, choice, page, view)
@@ -403,6 +403,7 @@ def _plain(record: TrialRecord, front: Iterable[TrialRecord], choice: Choice, vi
         "role": _role(record, {r.number for r in front}, choice),
         "what": describe(record),
         "digest": record.plan.digest,
+        "files": record.artifact_uri,
         "metrics": {
             m.name: {"value": m.value, "low": m.interval[0], "high": m.interval[1], "unit": m.metric.unit}
             for m in record.measurements

@@ -1,6 +1,7 @@
 """The guided sampler for Optuna: a solver proposes what it knows the price of, TPE samples the rest."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -26,6 +28,8 @@ REMAINING = "remaining_s"
 EXPECTED = "expected"
 """User attribute of a trial: what was expected of its values when it was proposed, in the order of the objectives."""
 
+# `optimize(n_jobs=2)` shares a sampler among threads. Not the sampler's own, which must be picklable.
+_ONE_AT_A_TIME = threading.RLock()
 # TPE's own work grows with what it looks at.
 TPE_MEMORY = 64
 TPE_STARTUP = 4
@@ -62,6 +66,10 @@ class GuidedSampler(BaseSampler):
         """The same with a guide."""
         return GuidedSampler(guide, roles, self.tolerance, self.seed)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was read can be read again, and storages do not travel."""
+        return {**self.__dict__, "_reading": None}
+
     def reseed_rng(self) -> None:
         """For workers that were forked: each goes its own way."""
         self.seed = int(np.random.SeedSequence().generate_state(1)[0])
@@ -83,22 +91,28 @@ class GuidedSampler(BaseSampler):
         """The proposal's answer; without one, TPE on how much better trials went than was to be expected."""
         if self.guide is None:
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
-        reading = self._read(study, self.guide)
+        with _ONE_AT_A_TIME:
+            return self._answer(self.guide, study, trial, param_name, param_distribution)
+
+    def _answer(
+        self, guide: Guide, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        reading = self._read(study, guide)
         answers = reading.proposed.get(trial.number, {})
         # An answer that came from elsewhere, such as a fixed one, was not foreseen: the rest follows it.
         if trial.number not in reading.proposed or any(answers.get(n, v) != v for n, v in trial.params.items()):
             answers = reading.proposed[trial.number] = self._propose(study, trial, reading)
         if param_name in answers and _holds(param_distribution, answers[param_name]):
-            return answers[param_name]
+            # In the distribution's own type: of a range of floats, a float.
+            return param_distribution.to_external_repr(param_distribution.to_internal_repr(answers[param_name]))
         seed = np.random.SeedSequence([self.seed, trial.number, *param_name.encode()]).generate_state(1)[0]
         tpe = TPESampler(seed=int(seed), n_startup_trials=TPE_STARTUP)
         return tpe.sample_independent(self._surprises(study, trial, reading), trial, param_name, param_distribution)
 
     def _read(self, study: Study, guide: Guide) -> "_Reading":
         """What was read of one study says nothing of another one."""
-        this = (study._study_id, id(study._storage))
-        if self._reading is None or self._reading.of != this:
-            self._reading = _Reading(this, Proposer(guide, self._aim(len(study.directions))))
+        if self._reading is None or not self._reading.is_of(study):
+            self._reading = _Reading(study._study_id, study._storage, Proposer(guide, self._aim(len(study.directions))))
         return self._reading
 
     def _aim(self, objectives: int) -> Aim:
@@ -114,7 +128,12 @@ class GuidedSampler(BaseSampler):
         left = study.user_attrs.get(REMAINING)
         rng = np.random.default_rng([self.seed, trial.number])
         others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        taken = [{**t.system_attrs.get("fixed_params", {}), **t.params} for t in others if t.number != trial.number]
+        # Of those that are asked in other threads, not all answers are stored yet.
+        taken = [
+            {**reading.proposed.get(t.number, {}), **t.system_attrs.get("fixed_params", {}), **t.params}
+            for t in others
+            if t.number != trial.number
+        ]
         remaining = np.inf if left is None else float(left)
         proposal = reading.proposer.propose(reading.told(study), fixed, rng, taken, remaining)
         if proposal is None:
@@ -146,21 +165,27 @@ class GuidedSampler(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Forgets the proposal; hands on to TPE, where there is no guide."""
-        if self._reading is not None:
-            self._reading.forget(trial.number)
+        with _ONE_AT_A_TIME:
+            if self._reading is not None:
+                self._reading.forget(trial.number)
         if self.guide is None:
             self._tpe.after_trial(study, trial, state, values)
 
 
 @dataclass
 class _Reading:
-    """What was read of the study `of`, and what is under way for its running trials."""
+    """What was read of one study, and what is under way for its running trials."""
 
-    of: tuple[int, int]
+    study_id: int
+    storage: BaseStorage
     proposer: Proposer
     facts: dict[int, Fact] = field(default_factory=dict)
     proposed: dict[int, Answers] = field(default_factory=dict)
     surprises: dict[int, Study] = field(default_factory=dict)
+
+    def is_of(self, study: Study) -> bool:
+        """Whether it speaks of this study; its storage is kept, as another one could get the place of one that went."""
+        return self.study_id == study._study_id and self.storage is study._storage
 
     def told(self, study: Study) -> list[Fact]:
         """What the finished trials say; each is read once."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from compressors.fisher import Effect, Fisher, Sensitive, diagonal_fisher
-from compressors.pipeline import Compressor, Stage
+from compressors.pipeline import Compressor, Growing, Stage
 from compressors.plan import LayerSpec, Scalar, digest
 from evaluators.export import once
 from evaluators.machine import versions
@@ -36,7 +36,8 @@ def guide(
     methods = [method for method in space.methods if method.name in sensitive]
     if not methods:
         return None
-    key = digest([FORMAT, versions(), space.digest, workload.fingerprint()])
+    made_by = {name: repr(compressor) for name, compressor in sensitive.items()}
+    key = digest([FORMAT, versions(), space.digest, workload.fingerprint(), made_by])
     path = cache / "sensitivity" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     once(path, lambda made: _store(made, tuple(_variants(workload, sensitive, methods))))
@@ -45,7 +46,7 @@ def guide(
         variants=_stored(path),
         off={knob.name: method.off[1] for method in methods for knob in method.deciding},
         targets=tuple(_targets(space)),
-        growth=_growth(space),
+        growth=_growth(space, compressors),
         structural=frozenset(
             knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in (*m.deciding, *m.others)
         ),
@@ -116,11 +117,11 @@ def _targets(space: SearchSpace) -> Iterator[Answers]:
             yield answers | ({f"deploy.precision@{runtime}": precision} if len(precisions) > 1 else {})
 
 
-def _growth(space: SearchSpace) -> tuple[str, tuple[Scalar, ...]] | None:
-    """The knob by which a recovery method is turned on, if its values say how much of it there is."""
+def _growth(space: SearchSpace, compressors: Mapping[str, Compressor]) -> tuple[str, tuple[Scalar, ...]] | None:
+    """The knob by which a method that grows is turned on, if its values say how much of it there is."""
     for method in space.methods:
         knob = method.deciding[0]
-        if method.stage is Stage.RECOVER and len(method.deciding) == 1 and not knob.owners:
+        if isinstance(compressors[method.name], Growing) and len(method.deciding) == 1 and not knob.owners:
             levels = [value for value in _levels(knob) if value != method.off[1] and isinstance(value, int | float)]
             return (knob.name, tuple(sorted(levels))) if levels else None
     return None

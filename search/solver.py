@@ -96,6 +96,10 @@ class Tables:
         )
         index = {layer.name: i for i, layer in enumerate(guide.layers)}
         self._knobs = [self._knob(name, guide.variants, index) for name in self.names]
+        self.same = self._same(guide.variants)
+        twins = self.same != np.arange(self.loss.shape[2])
+        # Two names of one thing: only one of them is ever proposed.
+        self.loss[twins] = np.inf
 
     @property
     def features(self) -> int:
@@ -110,6 +114,20 @@ class Tables:
             for k, name in enumerate(self.names):
                 table[v, k, : len(self.choices[k])] = [effect.loss for effect in variant.effects[name].values()]
         return table
+
+    def _same(self, variants: Sequence[Variant]) -> Ints:
+        """`(variants, knobs, choices)`: the choice that does exactly the same, `off` or else the first; itself if none.
+
+        Where channels are cut to multiples of 8, removing a half or three quarters of 16 is one and the same.
+        """
+        same = np.tile(np.arange(self.loss.shape[2]), (len(variants), len(self.names), 1))
+        for v, variant in enumerate(variants):
+            for k, name in enumerate(self.names):
+                effects = list(variant.effects[name].values())
+                order = [int(self.off[k]), *range(len(effects))]
+                for c, effect in enumerate(effects):
+                    same[v, k, c] = next(i for i in order if effects[i] == effect)
+        return same
 
     def _knob(self, name: str, variants: Sequence[Variant], index: Mapping[str, int]) -> _Knob:
         effects = [list(variant.effects[name].values()) for variant in variants]

@@ -54,8 +54,14 @@ class Standing:
     @cached_property
     def members(self) -> list[int]:
         """Positions of the allowed trials that nothing dominates."""
-        alive = list(np.flatnonzero(self.done & (self.violations <= 0)))
-        alive.sort(key=lambda i: tuple(self.values[i]))
+        return self._unbeaten(np.flatnonzero(self._allowed))
+
+    @property
+    def _allowed(self) -> NDArray[np.bool_]:
+        return self.done & (self.violations <= 0)
+
+    def _unbeaten(self, trials: Ints) -> list[int]:
+        alive = sorted(trials, key=lambda i: tuple(self.values[i]))
         left, front = np.array(alive, dtype=np.intp), []
         while len(left):
             front.append(int(left[0]))
@@ -98,13 +104,20 @@ class Standing:
         return list(found.values())[:PREFIXES]
 
     def promising(self) -> list[Parsed]:
-        """Trained members of the front that may grow, by what they would add per second if nothing were lost any more.
+        """Trained trials that may grow, by what they would add per second if nothing were lost any more.
 
-        Those count too that lost up to twice of what is tolerated.
+        Those that nothing of the same growth beats, as in successive halving: against what has grown for longer they
+        would have no chance. Those count too that lost up to twice of what is tolerated.
         """
+        reached: dict[frozenset[tuple[str, Scalar]], int] = {}
+        for parsed in self.parsed:
+            reached[parsed.structure] = max(reached.get(parsed.structure, 0), parsed.growth)
+        steps = range(1, len(self.reader.levels))
+        rungs = (self._unbeaten(np.flatnonzero(self._allowed & (self.growths == step))) for step in steps)
         lost = self.values[:, self.aim.quality] - self.zero
         limit = 2 * self.tolerated if self.tolerated else np.inf
-        trained = [i for i in self.members if 0 < self.growths[i] < len(self.reader.levels) and lost[i] <= limit]
+        ready = [i for rung in rungs for i in rung if lost[i] <= limit]
+        trained = [i for i in ready if reached[self.parsed[i].structure] == self.growths[i]]
         whole = self.values[trained].reshape(-1, len(self.aim.roles))
         whole[:, self.aim.quality] = np.minimum(whole[:, self.aim.quality], self.zero)
         gain = improvement(whole, self.open)
@@ -114,7 +127,8 @@ class Standing:
     @cached_property
     def grown(self) -> float:
         """Share of all seconds so far that went into more than the least growth."""
-        seconds = np.array([fact.seconds for fact in self.facts])
+        # What died or could not be done may have a long way from its beginning to its end.
+        seconds = np.array([fact.seconds if _tells(fact) else 0.0 for fact in self.facts])
         # What was trained before and only deployed again took no more than a trial without training.
         trained = (self.growths > 1) & (seconds > 1.5 * self._pace[0])
         return float(seconds[trained].sum() / max(seconds.sum(), 1e-9))
@@ -189,11 +203,13 @@ class Standing:
 
     @cached_property
     def surprises(self) -> dict[int, float]:
-        """Trial that trained -> logarithm of measured over expected loss; below 0 went better.
+        """Trial -> logarithm of measured over expected loss; below 0 went better.
 
-        Expected without the corrections of single knobs: they would take the blame for how a trial was trained.
+        Of those that trained, or of all where nothing does. Expected without the corrections of single knobs: they
+        would take the blame for how a trial was trained.
         """
-        used = np.array([t for t in self.used if self.parsed[t].growth], dtype=np.intp)
+        trained = [t for t in self.used if self.parsed[t].growth or not self.reader.levels]
+        used = np.array(trained, dtype=np.intp)
         grown = correct(self.base[used], self.measured[used], np.ones(len(used)), self._used_levels(used)[:1])
         errors = self._errors(used, grown)
         return {self.facts[t].number: float(e) for t, e in zip(used, errors, strict=True)}
@@ -271,8 +287,7 @@ class Standing:
         reached: dict[frozenset[tuple[str, Scalar]], int] = {}
         still, trained = [], []
         for fact, parsed in zip(self.facts, self.parsed, strict=True):
-            # What died or could not be done tells nothing of how long it takes to do it.
-            if not fact.complete and fact.loss is None:
+            if not _tells(fact):
                 continue
             before = reached.get(parsed.structure, 0)
             if fact.seconds > 0 and parsed.growth <= before:
@@ -293,3 +308,8 @@ class Standing:
         """What a trial is expected to take that trains from one level of growth to another."""
         usual, growth = self._pace
         return usual + (growth * self._amount(before, after) if after > before and self.reader.levels else 0.0)
+
+
+def _tells(fact: Fact) -> bool:
+    """Whether it was carried out, so that its time says how long it takes to do it."""
+    return fact.complete or fact.loss is not None

@@ -44,11 +44,16 @@ class Worker:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a study stands. `states` counts trials; `left` are trials and seconds of the budget, None for no limit."""
+    """Where a study stands.
+
+    `states` counts trials, `front` are the numbers of those whose values nothing beats; `left` are trials and seconds
+    of the budget, None for no limit; without a limit in time, the seconds are those of the trials that are left.
+    """
 
     study: str
     workers: tuple[Worker, ...]
     states: dict[str, int]
+    front: tuple[int, ...]
     per_hour: float | None
     left_trials: int | None
     left_s: float | None
@@ -60,13 +65,15 @@ def status(storage: str, name: str) -> Status:
     trials = snapshot(study)
     done = counted(trials)
     budget = study.user_attrs.get(BUDGET, {})
+    left = None if budget.get("trials") is None else max(0, budget["trials"] - len(done))
     return Status(
         study=name,
         workers=tuple(_worker(trial) for trial in running(trials) if trial.user_attrs.get(OWNER)),
         states=dict(Counter(map(state, trials))),
+        front=tuple(t.number for t in study.best_trials if "duplicate_of" not in t.user_attrs),
         per_hour=per_hour(done),
-        left_trials=None if budget.get("trials") is None else max(0, budget["trials"] - len(done)),
-        left_s=None if budget.get("minutes") is None else _left_s(study, trials, 60 * budget["minutes"]),
+        left_trials=left,
+        left_s=_left_s(study, trials, budget.get("minutes"), left),
     )
 
 
@@ -90,6 +97,8 @@ def show(found: Status, console: Console) -> None:
     else:
         console.print(f"{found.study}: no worker is at a trial")
     console.print("trials: " + (", ".join(f"{n} {name}" for name, n in sorted(found.states.items())) or "none yet"))
+    front = ", ".join(map(str, found.front)) or "none yet"
+    console.print(f"front, by values: trial {front}", highlight=False)
     pace = "unknown" if found.per_hour is None else f"{found.per_hour:.0f} an hour"
     left = [f"{found.left_trials} trials" if found.left_trials is not None else ""]
     left.append(_clock(found.left_s) if found.left_s is not None else "")
@@ -108,8 +117,14 @@ def _study(storage: str, name: str) -> optuna.Study:
         raise ConfigError("study", problem, remedy) from None
 
 
-def _left_s(study: optuna.Study, trials: Sequence[FrozenTrial], whole_s: float) -> float:
-    """While workers are at it, what there was at the newest start less the time since."""
+def _left_s(
+    study: optuna.Study, trials: Sequence[FrozenTrial], minutes: float | None, left: int | None
+) -> float | None:
+    """While workers are at it, what there was at the newest start less the time since; of trials, at their pace."""
+    if minutes is None:
+        pace = per_hour(counted(trials))
+        return None if left is None or not pace else 3600 * left / pace
+    whole_s = 60 * minutes
     active = at_work(trials)
     if not active or study.user_attrs.get(REMAINING) is None:
         return max(0.0, whole_s - spent_s(trials))

@@ -252,12 +252,13 @@ def spent_s(trials: Sequence[FrozenTrial]) -> float:
 def requeue(study: optuna.Study, number: int) -> None:
     """Give up a trial whose process died and queue its parameters again, at most `RETRIES` times over all its lives."""
     lost = snapshot(study)[number]
-    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
     # The callback adds to the trial's history in place, which is not ours; and what was known of it no longer holds.
     again = copy.deepcopy(lost)
     again.user_attrs = {}
+    # In this order: whoever dies in between leaves one too many, which is answered as a repeated one.
     with quiet():
         RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, again)
+    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def dead(study: optuna.Study, silent: dict[int, float]) -> list[FrozenTrial]:
@@ -333,22 +334,26 @@ def _seconds(moment: datetime | None) -> float:
     return moment.timestamp() if moment else 0.0
 
 
+def beat(study: optuna.Study, number: int) -> None:
+    """A sign of life for a trial."""
+    storage = cast(RDBStorage, study._storage)  # there is no public way from a study to its storage
+    study_id = storage.get_study_id_from_name(study.study_name)
+    storage.record_heartbeat(storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+
 @contextmanager
 def heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
     """Optuna beats only inside `study.optimize`; an ask-and-tell loop has to do it itself."""
-    storage = cast(RDBStorage, study._storage)  # there is no public way from a study to its storage
-    study_id = storage.get_study_id_from_name(study.study_name)
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
     done = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not done.wait(HEARTBEAT_S):
             # One that is missed, the next one makes good.
             with suppress(SQLAlchemyError, StorageInternalError):
-                storage.record_heartbeat(trial_id)
+                beat(study, number)
 
-    storage.record_heartbeat(trial_id)
-    thread = threading.Thread(target=beat, daemon=True)
+    beat(study, number)
+    thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writes every trial to MLflow and reads studies back from it; the only importer of mlflow, and no judge of results.
+"""Writes every trial to MLflow and reads studies back from it; no judge of results.
 
 Runs are addressed by id through the client: no active run and no global tracking URI, so several workers and threads
 may record at once.
@@ -7,10 +7,6 @@ may record at once.
 import fcntl
 import inspect
 import json
-import logging
-import math
-import os
-import re
 import sys
 import tempfile
 import time
@@ -25,25 +21,17 @@ from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
-import requests
 from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError
 from compressors.plan import CompressionPlan, Scalar
-from evaluators.measurement import Measurement, Metric
 from evaluators.runtime import Runtime, TensorSpec
 from search import address
 from search.liveness import this_process
+from search.records import record_from_json, record_to_json, refuse_another
+from search.remote import Away, Remote, impatient, reason
 from search.select import shown
-from search.trial import Stop, TrialRecord
-
-# Read by mlflow as it is imported: it would report its use to its makers and print a link after every run.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# A server that is away it would try for minutes, while whoever calls has better things to do.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+from search.trial import TrialRecord
 
 with warnings.catch_warnings():
     # mlflow.pyfunc warns, as it is imported, about the type hints of its own classes.
@@ -52,13 +40,10 @@ with warnings.catch_warnings():
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModelOutput, Param, RunTag
     from mlflow.entities import Metric as LoggedMetric
-    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema
     from mlflow.types import TensorSpec as SignatureSpec
-
-for _name in ("mlflow", "alembic"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 SQLITE = "sqlite:///"
 CONFIG_FILE = "config.yaml"
@@ -69,8 +54,6 @@ CHAMPION = "champion"
 PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
 TAG_LENGTH = 1000
-# So long a server that did not answer is left alone.
-REST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +96,7 @@ class Tracker:
     @cached_property
     def _client(self) -> Any:
         client = MlflowClient(tracking_uri=self.address, registry_uri=self.address)
-        return _Remote(client, self.address) if self.is_server else client
+        return Remote(client, self.address) if self.is_server else client
 
     # -- Before any work
 
@@ -125,10 +108,10 @@ class Tracker:
             _check_writable(folder)
         remedy = "start the server, correct the address, or use tracking=local"
         try:
-            with _impatient(), self._alone():
+            with impatient(), self._alone():
                 self._client.search_experiments(max_results=1)
         except (Away, MlflowException, SQLAlchemyError) as error:
-            problem = f"{address.shown(self.uri)} does not answer ({_reason(error)})"
+            problem = f"{address.shown(self.uri)} does not answer ({reason(error)})"
             raise ConfigError("tracking.uri", problem, remedy) from error
 
     @contextmanager
@@ -445,20 +428,6 @@ class Tracker:
         return str(version.version)
 
 
-def refuse_another(name: str, known: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> None:
-    """Raises `ConfigError` with what differs between a study as it was begun and as it would go on."""
-    differing = differences(known, now)
-    if differing:
-        remedy = "choose another name with study=NAME"
-        raise ConfigError("study", f"{name!r} was begun differently: {'; '.join(differing[:3])}", remedy)
-
-
-def differences(known: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> list[str]:
-    """One phrase for each entry of two fingerprints that is not the same."""
-    names = sorted(key for key in {**known, **now} if known.get(key) != now.get(key))
-    return [f"{key} was {known.get(key)}, is {now.get(key)}" for key in names]
-
-
 def save_pyfunc(
     path: Path, files: Path, runtime: Runtime, precision: str, inputs: Sequence[TensorSpec], model: Any = None
 ) -> None:
@@ -490,26 +459,6 @@ def plan_params(plan: CompressionPlan) -> dict[str, Scalar]:
         for layer, settings in step.per_layer.items():
             params |= {f"{step.method}.{key}/{layer}": value for key, value in settings.items()}
     return params
-
-
-def record_to_json(record: TrialRecord) -> str:
-    """The whole record as text that `record_from_json` takes back."""
-    return json.dumps(asdict(record), indent=1, allow_nan=False)
-
-
-def record_from_json(text: str) -> TrialRecord:
-    """The inverse of `record_to_json`; takes records from before candidates could be stopped, too."""
-    raw = json.loads(text)
-    raw["plan"] = CompressionPlan.from_json(json.dumps(raw["plan"]))
-    raw["measurements"] = tuple(map(measurement_from, raw["measurements"]))
-    if raw.get("stopped"):
-        raw["stopped"] = Stop(**{**raw["stopped"], "interval": tuple(raw["stopped"]["interval"])})
-    return TrialRecord(**raw)
-
-
-def measurement_from(raw: Mapping[str, Any]) -> Measurement:
-    """A measurement from what `dataclasses.asdict` and JSON made of it."""
-    return Measurement(Metric(**raw["metric"]), raw["value"], tuple(raw["interval"]), raw["n"], raw["conditions"])
 
 
 SCRIPT = '''"""Written by compareto: loads the deployed files beside it."""
@@ -598,70 +547,3 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(
             "tracking", f"{folder} cannot be written ({error.strerror})", "choose another folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """One line: what a server or database said, or for a refused connection, a page of text, only its kind."""
-    behind = error.__cause__ or error.__context__
-    if behind is not None and isinstance(error, MlflowException | Away):
-        return type(behind).__name__
-    return str(error).strip().split("\n", 1)[0][:200]
-
-
-class Away(Exception):
-    """The server does not answer; what was to be recorded can be recorded later."""
-
-
-class _Remote:
-    """An `MlflowClient` of which every call may raise `Away`; after one that did, all do at once for a while."""
-
-    def __init__(self, client: Any, uri: str) -> None:
-        self._client, self._uri = client, uri
-        self._again = -math.inf
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if time.monotonic() < self._again:
-                raise Away("the MLflow server did not answer a moment ago")
-            try:
-                return method(*args, **kwargs)
-            except (MlflowException, requests.RequestException) as error:
-                if _is_away(error):
-                    self._again = time.monotonic() + REST_S
-                    raise Away(f"the MLflow server does not answer: {_reason(error)}") from None
-                if address.password(self._uri):
-                    raise MlflowException(address.masked(str(error), self._uri)) from None
-                raise
-
-        return call
-
-
-def _is_away(error: BaseException | None) -> bool:
-    """No connection, or a server that is there without its database; not what it refuses for a reason."""
-    if isinstance(error, RestException) and error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
-        return True
-    if isinstance(error, MlflowException) and re.search(r"failed with (exception|error code 5)", str(error)):
-        return True
-    while error is not None:
-        if isinstance(error, requests.ConnectionError | requests.Timeout):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """MLflow otherwise tries for minutes; it reads these anew for every request."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value

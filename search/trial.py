@@ -225,19 +225,25 @@ class Workbench:
         self, record: TrialRecord, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock
     ) -> TrialRecord:
         """Measure what a record from another machine lacks, which is what only counts where the study measures."""
-        known = {m.name: m for m in record.measurements}
-        for name, evaluator in self.evaluators.items():
-            if not {metric.name for metric in evaluator.metrics()} <= known.keys():
-                with clock.timed(name):
-                    known |= {m.name: m for m in evaluator.measure(deployed, reference, examples)}
-        with clock.timed("kernels"):
-            kernels = deployed.runtime.kernels(deployed)
+        known, kernels, reason = {m.name: m for m in record.measurements}, record.kernels, None
+        try:
+            for name, evaluator in self.evaluators.items():
+                if not {metric.name for metric in evaluator.metrics()} <= known.keys():
+                    with clock.timed(name):
+                        known |= {m.name: m for m in evaluator.measure(deployed, reference, examples)}
+            with clock.timed("kernels"):
+                kernels = deployed.runtime.kernels(deployed)
+        except Infeasible as infeasible:
+            if infeasible.transient:
+                raise
+            reason = infeasible.reason
         return replace(
             record,
             measurements=self._in_order(known),
             seconds={**record.seconds, **clock.seconds},
             environment=self.environment,
             kernels=kernels,
+            infeasible=reason,
         )
 
     def elsewhere(self) -> "Workbench":

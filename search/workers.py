@@ -18,9 +18,10 @@ from compressors.errors import ConfigError
 from evaluators.stopwatch import own_environment
 from search import build
 from search.liveness import signal_when_parent_ends
+from search.loop import INTERRUPTED, run
 from search.progress import ProgressView
 from search.storage import busy
-from search.study import INTERRUPTED, Outcome, Search, Watcher, run
+from search.study import Outcome, Search, Watcher
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

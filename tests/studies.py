@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.trial import FrozenTrial, TrialState
 
 from compressors.errors import Infeasible
 from compressors.layers import read_layers
@@ -161,13 +162,25 @@ def main(folder: str, marker: str) -> None:
         if count == 1:
             time.sleep(600)
 
-    from search.study import run
+    from search.loop import run
 
     run(make_search(Path(folder), 8, hang), quiet)
 
 
 def run_slowly(folder: Path, trials: int) -> None:
     """One of several workers on the same study: slow enough for the other to take its share."""
-    from search.study import run
+    from search.loop import run
 
     run(make_search(folder, trials, lambda _count: time.sleep(0.3)), quiet)
+
+
+def optuna_trials(folder: Path, *states: TrialState) -> list[FrozenTrial]:
+    """Of the study that `make_search` makes."""
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{folder}/optuna.db")
+    return study.get_trials(states=states or None)
+
+
+def digests(folder: Path) -> list[str]:
+    """Of the plans that did work."""
+    done = optuna_trials(folder, TrialState.COMPLETE, TrialState.PRUNED)
+    return [t.user_attrs["digest"] for t in done if "duplicate_of" not in t.user_attrs]

@@ -19,6 +19,13 @@ def test_a_message_that_quotes_the_password_loses_it() -> None:
     assert masked("plain", "sqlite:///x") == "plain"
 
 
+def test_a_password_that_addresses_must_spell_otherwise_is_not_shown_either() -> None:
+    odd = "postgresql+psycopg://me:p%40s+s@db.example/compareto"
+    assert password(odd) == "p@s+s"
+    assert masked(f"cannot reach {odd}", odd) == "cannot reach postgresql+psycopg://me:***@db.example/compareto"
+    assert shown("postgresql://h/x?user=me&password=p%40ss") == "postgresql://h/x?password=***&user=me"
+
+
 def test_a_password_is_found_where_there_is_one() -> None:
     assert password(SECRET) == "hunter2"
     assert password("postgresql://h/x?user=me&password=hunter2") == "hunter2"

@@ -14,8 +14,8 @@ SOURCES = sorted(path for folder in ("compressors", "evaluators", "search") for 
 HOMES = {
     "hydra": {"search/__main__.py", "search/build.py"},
     "omegaconf": {"search/__main__.py", "search/build.py"},
-    "optuna": {f"search/{name}.py" for name in ("space", "study", "sampler", "storage", "status")},
-    "mlflow": {"search/tracking.py"},
+    "optuna": {f"search/{name}.py" for name in ("space", "study", "loop", "answers", "sampler", "storage", "status")},
+    "mlflow": {"search/remote.py", "search/tracking.py"},
     "onnxruntime": {"evaluators/onnxruntime.py"},
     "openvino": {"evaluators/openvino.py"},
     "nncf": {"evaluators/openvino.py"},

@@ -51,7 +51,6 @@ def result(method: str, seed: int, *trials: dict[str, Any], front: tuple[dict[st
             "seed": seed,
             "error": None,
             "network": "a",
-            "distinct": len(front),
             "budget_s": 300.0,
             "trials_wanted": None,
             "seconds": {"wall": 300.0, "cpu": 290.0},
@@ -176,6 +175,13 @@ def test_a_search_becomes_trials_and_a_front_with_its_test_quality(store: Path, 
     relative = written(job(tmp_path, workload="fashion_mnist"), search, Outcome([], {}, {}))
     assert relative["scale"]["test"] == pytest.approx((0.95 * 0.99, 0.99))  # 0.99 is the uncompressed stand-in's
     assert relative["front"] == relative["trials"] == []
+
+
+def test_points_that_are_worth_nothing_are_not_counted_as_distinct() -> None:
+    told = result("guided", 0, front=(member(0.99, 0.5, 0.99), member(0.98, 0.3, 0.98), member(0.60, 0.1, 0.6)))
+    assert told["distinct"] == 2
+    alike = result("guided", 0, front=(member(0.99, 0.5, 0.99), member(0.99, 0.5, 0.98)))
+    assert alike["distinct"] == 1
 
 
 def test_what_ends_after_the_budget_does_not_count(store: Path, tmp_path: Path) -> None:

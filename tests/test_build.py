@@ -174,6 +174,18 @@ def test_the_cache_has_a_bound(store: Path) -> None:
     assert kept.folder == built(store, "cache_gb=3").workbench.cache
 
 
+def test_what_is_made_of_plans_is_kept_for_other_searches_of_the_model(store: Path) -> None:
+    def place(*words: str) -> Path:
+        return built(store, *words).workbench.cache
+
+    usual = place()
+    assert place("objectives=[accuracy,size_bytes]", "bounds.accuracy=0.5", "evaluator.latency.sessions=3") == usual
+    assert place("compressor.prune.space.sparsity.choices=[0.0,0.5]") == usual
+    assert place("compressor.distill.clip_norm=2.0") != usual
+    assert place("recovery_batch=32") != usual
+    assert place("seed=1") != usual
+
+
 @pytest.mark.parametrize("value", ["0", "-1", ".nan", "null", "much"])
 def test_a_cache_without_room_is_refused(value: str, store: Path) -> None:
     with pytest.raises(ConfigError, match="cache_gb"):
@@ -192,6 +204,29 @@ def test_a_configuration_from_a_store_calls_nothing_but_what_is_ours(store: Path
     hidden = "sampler: {deep: [{_target_: subprocess.run}]}"
     with pytest.raises(ConfigError, match=r"subprocess\.run"):
         build.recorded(hidden, build.compose([]))
+
+
+@pytest.mark.parametrize(
+    "through", ["search.tracking.mlflow.pyfunc.load_model", "search.models.torch.load", "search.no"]
+)
+def test_what_one_of_our_modules_imports_is_not_ours(through: str) -> None:
+    with pytest.raises(ConfigError, match="none of compareto's"):
+        build.recorded(f"rule: {{_target_: {through}, x: y}}", build.compose([]))
+
+
+def test_a_password_beside_something_from_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DBHOST", "db.example")
+    with pytest.raises(ConfigError, match="has a password in it"):
+        build._without_secrets(build.compose(["tracking.uri='http://me:pw@${oc.env:DBHOST}/x'"]))
+    monkeypatch.setenv("DBPASSWORD", "pw")
+    kept = build._without_secrets(build.compose(["tracking.uri='http://me:${oc.env:DBPASSWORD}@db.example/x'"]))
+    assert "http://me:${oc.env:DBPASSWORD}@db.example/x" in OmegaConf.to_yaml(kept)
+
+
+def test_several_workers_share_the_memory(store: Path) -> None:
+    one = build.from_yaml(build.for_worker(OmegaConf.to_yaml(build.compose(["workers=1"]))))
+    two = build.from_yaml(build.for_worker(OmegaConf.to_yaml(build.compose(["workers=2"]))))
+    assert two.limits.memory_gb == pytest.approx(one.limits.memory_gb / 2)
 
 
 def test_what_is_named_on_the_command_line_too_is_trusted() -> None:

@@ -194,9 +194,9 @@ def test_nan_in_the_data_is_found(monkeypatch: pytest.MonkeyPatch, refused: Refu
 
 @pytest.mark.parametrize("url", ["sqlite:////dev/null/x/o.db", "postgresql+nodriver://nobody@127.0.0.1:1/x"])
 def test_a_storage_that_cannot_be_opened_is_named(url: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    from search import study
+    from search import loop
 
-    monkeypatch.setattr("search.workers.run", study.run)
+    monkeypatch.setattr("search.workers.run", loop.run)
     line = refused("compressor=[quantize]", f"storage.url={url}")
     assert f"storage.url: {url} cannot be opened" in line
 

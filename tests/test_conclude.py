@@ -15,8 +15,9 @@ from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed
 from search.conclude import Conclusion, Selection, conclude, reselect, show
+from search.loop import run
 from search.select import Fastest, MostAccurate, Rule
-from search.study import Outcome, Search, run
+from search.study import Outcome, Search
 from tests.studies import Counting, make_search, quiet
 
 
@@ -104,10 +105,10 @@ def test_the_champion_carries_the_alias_and_the_whole_front_is_registered(finish
 
 def test_pictures_and_tables_lie_in_the_folder_and_in_the_tracker(finished: Finished) -> None:
     names = [path.name for path in finished.conclusion.files]
-    assert names == ["pareto.png", "pareto.html", "layers.png", "front.json"]
+    assert names == ["pareto.png", "pareto.html", "layers.png", "report.json"]
     assert all(path.stat().st_size for path in finished.conclusion.files)
     study = finished.outcome.study
-    assert finished.search.tracker.read_study_file(study, "front.json") == finished.conclusion.files[3].read_text()
+    assert finished.search.tracker.read_study_file(study, "report.json") == finished.conclusion.files[3].read_text()
 
 
 @pytest.mark.parametrize("rule", [LENIENT, BOLD])

@@ -14,7 +14,8 @@ from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import exact
 from evaluators.runtime import Deployed, TensorSpec
 from search.outbox import Draft, Outbox
-from search.tracking import Away, StudyRun, Tracker
+from search.remote import Away
+from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 from tests.studies import ACCURACY, CountingRuntime
 
@@ -46,9 +47,9 @@ def _breakable(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("start_trial", "finish_trial", "fail_trial", "kill_trial", "find", "open_trials"):
+ALL = {"start_trial", "finish_trial", "fail_trial", "kill_trial", "find", "open_trials", "unmeasured"}
+for _name in ALL:
     setattr(Flaky, _name, _breakable(_name))
-ALL = {"start_trial", "finish_trial", "fail_trial", "kill_trial", "find", "open_trials"}
 
 
 @pytest.fixture
@@ -199,6 +200,35 @@ def test_a_trial_is_handed_over_with_its_files_and_measured_by_another(
     stored = outbox.finish(again, found, Deployed(CountingRuntime(), again.files, "fp32", inputs))
     assert tracker.records(study) == [stored]
     assert os.listdir(tracker.model_folder(stored)) == ["model.json"]  # noqa: PTH208  names alone
+
+
+def test_what_cannot_be_fetched_now_can_be_fetched_later(outbox: Outbox, tracker: Flaky) -> None:
+    draft = outbox.begin(3, plan(8))
+    run_id = outbox.hand_over(draft, record(3), deployed(draft))
+    away(tracker, *ALL)
+    for _ in range(2):
+        with pytest.raises(Away):
+            outbox.resume(3, plan(8).digest, run_id)
+    away(tracker)
+    again, _, _ = outbox.resume(3, plan(8).digest, run_id)
+    assert (again.files / "model.json").exists()
+
+
+def test_a_digest_that_leads_elsewhere_is_refused(outbox: Outbox, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is none"):
+        outbox.resume(3, "x/../../../elsewhere", "run")
+    assert not list(tmp_path.rglob("elsewhere"))
+
+
+def test_what_a_server_refuses_is_kept_and_the_record_stands(
+    outbox: Outbox, tracker: Flaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = outbox.begin(3, plan(8))
+    tracker._client.delete_run(draft.run_id)
+    monkeypatch.setattr(Flaky, "is_server", True)
+    assert outbox.finish(draft, record(3), deployed(draft)) == record(3)
+    (refused,) = (outbox.folder / "refused").iterdir()
+    assert list(refused.rglob("model.json"))
 
 
 def test_a_full_disk_is_no_reason_to_keep_the_files_of_what_broke(

@@ -164,6 +164,48 @@ def test_growth_may_teach_what_the_uncompressed_model_did_not_know() -> None:
     assert more < less - 2 * better
 
 
+def test_two_names_of_one_choice_are_one() -> None:
+    """As where 16 channels are cut to multiples of 8: a half and three quarters are the same."""
+    layer = LayerSpec("a", "conv", (16, 16, 3, 3), 2304, 10_000)
+    cut: dict[Scalar, Effect] = {
+        0.0: Effect(0.0),
+        0.25: Effect(0.0),
+        0.5: Effect(0.1, {"a": 0.5}),
+        0.75: Effect(0.1, {"a": 0.5}),
+    }
+    effects: dict[str, dict[Scalar, Effect]] = {"share@a": cut}
+    guide = Guide((layer,), (Variant({}, effects),), structural=frozenset(["share@a"]), off={"share@a": 0.0})
+    proposer = Proposer(guide, Aim(("quality", "latency"), None))
+    facts = [Fact(0, {"share@a": 0.0}, (-1.0, 1.0), loss=0.0), Fact(1, {"share@a": 0.75}, (-0.9, 0.5), loss=0.1)]
+    assert proposer.propose(facts, {}, np.random.default_rng(0)) is None, "both are known by then"
+    assert proposer.propose(facts[:1], {}, np.random.default_rng(0)).answers == {"share@a": 0.5}  # type: ignore[union-attr]
+    fixed = proposer.propose(facts[:1], {"share@a": 0.75}, np.random.default_rng(0))
+    assert fixed is not None
+    assert fixed.answers == {"share@a": 0.75}, "what somebody asked for keeps its name"
+
+
+def test_the_best_of_each_growth_may_grow_though_what_grew_before_is_better() -> None:
+    guide = make_guide()
+
+    def fact(number: int, share: float, epochs: int, quality: float, latency: float) -> Fact:
+        answers: dict[str, Scalar] = {f"prune.share@{layer.name}": share for layer in LAYERS}
+        answers |= {f"bits@{layer.name}": 32 for layer in LAYERS} | {"runtime": "a", "train.epochs": epochs}
+        return Fact(number, answers, (-quality, latency), loss=1 - quality, seconds=1.0)
+
+    grown, young = fact(0, SHARES[1], EPOCHS[-1], 0.99, 0.4), fact(1, SHARES[2], EPOCHS[0], 0.97, 0.5)
+    plain = Fact(2, {"runtime": "a"}, (-1.0, 1.0), loss=0.0, seconds=1.0)
+    standing = Proposer(guide, AIM).standing([grown, young, plain])
+    assert 1 not in [standing.facts[i].number for i in standing.members]
+    assert [dict(p.carried)["train.epochs"] for p in standing.promising()] == [EPOCHS[0]]
+
+
+def test_a_trial_that_died_says_nothing_of_where_the_time_went() -> None:
+    facts = studied(20)
+    died = Fact(99, facts[-1].answers, (math.nan, math.nan), complete=False, seconds=50_000.0)
+    proposer = Proposer(make_guide(), AIM)
+    assert proposer.standing([*facts, died]).grown == proposer.standing(facts).grown > 0
+
+
 def test_the_best_of_the_front_grow_for_a_share_of_the_time() -> None:
     proposer = Proposer(make_guide(), AIM)
     facts = studied(40)

@@ -80,7 +80,7 @@ def test_one_line_says_how_many_were_stopped(tmp_path: Path) -> None:
 
 def test_everything_is_drawn_and_not_blank(tmp_path: Path) -> None:
     paths = draw(tmp_path / "files", RECORDS, FRONT, CHOICE, LAYERS, VIEW)
-    assert [p.name for p in paths] == ["pareto.png", "pareto.html", "layers.png", "front.json"]
+    assert [p.name for p in paths] == ["pareto.png", "pareto.html", "layers.png", "report.json"]
     for path in (paths[0], paths[2]):
         assert np.std(imread(path)) > 0.05
     assert imread(paths[0]).shape[:2] == (800, 1200)

@@ -15,9 +15,10 @@ from evaluators.accuracy import Accuracy
 from evaluators.measurement import exact
 from evaluators.onnxruntime import OnnxRuntime
 from evaluators.size import Size
+from search.loop import run
 from search.reproduce import Reproduction, reproduce, show
 from search.space import build_space
-from search.study import Search, run
+from search.study import Search
 from search.trial import TrialRecord, Workbench
 from search.workload import Split, Splits, Workload, classification
 from tests.studies import make_search, quiet

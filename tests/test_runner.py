@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, Step, Target
+from search.loop import run
 from search.runner import Broken, Here, Limits, Runner
-from search.study import run
 from search.trial import Clock, Workbench
 from tests.studies import make_search, quiet
 

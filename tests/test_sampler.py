@@ -2,9 +2,11 @@
 
 import json
 import math
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,25 @@ class TestContractWithGuide(BasicSamplerTestCase, MultiObjectiveSamplerTestCase)
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         return lambda: GuidedSampler(make_guide(3))
+
+
+def numbers_guide() -> Guide:
+    """Knobs by the names that the contract's own tests ask for."""
+    specs = tuple(LayerSpec(name, "linear", (64, 64), 4096, 4096) for name in "xyz")
+    effects: dict[str, dict[Scalar, Effect]] = {
+        n: {c: Effect(float(c), {n: 1 - c / 8}) for c in range(4)} for n in "xyz"
+    }
+    return Guide(specs, (Variant({}, effects),))
+
+
+class TestContractWhereTheGuideAnswers(BasicSamplerTestCase, MultiObjectiveSamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: GuidedSampler(numbers_guide())
+
+    def test_the_guide_answers_a_range_too(self) -> None:
+        study = begun(GuidedSampler(numbers_guide(), seed=0))
+        assert {study.ask().suggest_float("x", 0, 3) for _ in range(8)} <= {0.0, 1.0, 2.0, 3.0}
 
 
 def ask(study: optuna.Study, guide: Guide) -> Trial:
@@ -228,6 +249,54 @@ def test_other_knobs_are_asked_of_tpe_by_how_trials_went(monkeypatch: pytest.Mon
         trial.set_user_attr("loss", loss)
         study.tell(trial, [math.exp(-loss), 1 - sum(shares) / 2])
     assert np.mean([heat == 2.0 for heat in heats[20:]]) > 0.5
+
+
+def test_without_growth_other_knobs_are_asked_of_tpe_by_how_trials_went() -> None:
+    guide = make_guide(3)
+    study = begun(guided(guide))
+    heats = []
+    for _ in range(40):
+        trial = study.ask()
+        answers = ask_all(trial, guide)
+        heat = float(trial.suggest_categorical("heat", (1.0, 2.0, 3.0, 4.0)))
+        heats.append(heat)
+        loss, quality, size = measured(guide, answers)
+        trial.set_user_attr("loss", loss * (1 if heat == 2.0 else 20))
+        study.tell(trial, [quality, size])
+    assert np.mean([heat == 2.0 for heat in heats[20:]]) > 0.5
+
+
+def test_threads_may_share_it() -> None:
+    """As `optimize(n_jobs=...)` does."""
+    guide = make_guide(4)
+
+    def objective(trial: Trial) -> tuple[float, float]:
+        loss, quality, size = measured(guide, ask_all(trial, guide))
+        trial.set_user_attr("loss", loss)
+        return quality, size
+
+    study = begun(guided(guide))
+    study.optimize(objective, n_trials=60, n_jobs=6)
+    plans = [tuple(sorted(trial.params.items())) for trial in study.trials]
+    assert len(set(plans)) == 60
+
+
+def test_it_can_be_pickled_in_the_midst_of_a_study() -> None:
+    guide = make_guide(3)
+    sampler = GuidedSampler(guide, seed=1)
+    study = begun(sampler)
+    for _ in range(3):
+        tell(study, ask(study, guide), guide)
+    again = pickle.loads(pickle.dumps(replace_asked(sampler)))  # noqa: S301  of this very process
+    assert again.seed == 1
+    assert again._reading is None
+
+
+def replace_asked(sampler: GuidedSampler) -> GuidedSampler:
+    """Without the default of `Guide.asked`, a lambda, which does not pickle."""
+    assert sampler.guide is not None
+    sampler.guide = replace(sampler.guide, asked=dict)
+    return sampler
 
 
 def test_roles_must_fit() -> None:

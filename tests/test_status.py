@@ -11,10 +11,11 @@ from rich.console import Console
 
 from compressors.errors import ConfigError
 from search.liveness import this_process
+from search.loop import STOPPED, run
 from search.sampler import REMAINING
 from search.status import show, status, stop
 from search.storage import BUDGET
-from search.study import STOPPED, Budget, run
+from search.study import Budget
 from tests.studies import make_search, quiet, refuse
 
 
@@ -28,7 +29,8 @@ def test_a_finished_study_has_no_worker_and_nothing_left(store: Path) -> None:
     assert found.workers == ()
     assert sum(n for state, n in found.states.items() if state != "repeated") == 5
     assert found.left_trials == 0
-    assert found.left_s is None
+    assert found.left_s == 0
+    assert found.front
     assert found.per_hour is not None
     assert found.per_hour > 5
 
@@ -50,6 +52,7 @@ def test_a_running_trial_shows_its_process_and_a_dead_one_that_it_is_gone(store:
     text = console.export_text()
     assert "gone: its trial will be taken up again" in text
     assert "7 trials" in text
+    assert f"front, by values: trial {', '.join(map(str, found.front))}" in text
 
 
 def test_a_repeated_plan_is_no_work(store: Path) -> None:

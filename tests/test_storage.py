@@ -1,4 +1,4 @@
-"""Storages that are taken or refused, waited for, and locked; the trials in them are in test_study.py."""
+"""Storages that are taken or refused, waited for, and locked; the trials in them are in test_loop.py."""
 
 import subprocess
 import sys

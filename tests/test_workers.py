@@ -17,7 +17,8 @@ import compareto
 from compressors.errors import ConfigError
 from search import workers
 from search.build import compose, for_worker, from_yaml
-from search.study import INTERRUPTED, Outcome, Search
+from search.loop import INTERRUPTED
+from search.study import Outcome, Search
 from tests.studies import make_search, quiet
 
 WAIT = """

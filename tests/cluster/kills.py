@@ -23,17 +23,16 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.runtime import Runtime
+from search.loop import run
 from search.pareto import front
 from search.space import build_space
 from search.storage import RETRIES, counted, failed, open_storage
-from search.study import Progress, Search, run
+from search.study import Progress, Search
 from search.tracking import Tracker
 from tests.studies import CountingRuntime, make_search
 from tests.zoo import images
 
 LEDGER = "ledger"
-
-
 RUNTIMES = [f"fake{number}" for number in range(8)]
 
 
@@ -63,11 +62,16 @@ def kill_at_random(
 ) -> int:
     """Start workers, kill each within `longest_s`, replace it, until so many died or the budget is spent; how many."""
     rng = random.Random(seed)  # noqa: S311  moments, not secrets
+
+    def work() -> None:
+        random.seed(os.getpid())
+        run(make(), lambda progress: _note(folder, progress))
+
     alive: dict[int, float] = {}
     done = 0
     while done < kills:
         while len(alive) < workers:
-            alive[start_worker(make, folder)] = time.monotonic() + rng.uniform(0, longest_s)
+            alive[start_worker(work, folder)] = time.monotonic() + rng.uniform(0, longest_s)
         pid = min(alive, key=lambda p: alive[p])
         time.sleep(max(0.0, alive.pop(pid) - time.monotonic()))
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -78,14 +82,14 @@ def kill_at_random(
         os.waitpid(pid, 0)
         done += 1
     while len(alive) < workers:
-        alive[start_worker(make, folder)] = 0.0
+        alive[start_worker(work, folder)] = 0.0
     for pid in alive:
         assert os.waitpid(pid, 0)[1] == 0, "a worker that was left alone failed, see its log"
     return done
 
 
-def start_worker(make: Callable[[], Search], folder: Path) -> int:
-    """A forked process, so that nothing has to be imported again; its process id."""
+def start_worker(work: Callable[[], None], folder: Path) -> int:
+    """A forked process, so that nothing has to be imported again, with a log in the folder; its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -94,8 +98,7 @@ def start_worker(make: Callable[[], Search], folder: Path) -> int:
         log = os.open(folder / "workers.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        random.seed(os.getpid())
-        run(make(), lambda progress: _note(folder, progress))
+        work()
         code = 0
     except BaseException:  # noqa: BLE001  whatever it is, it ends here and goes into the log
         sys.excepthook(*sys.exc_info())

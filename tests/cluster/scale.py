@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,12 +27,15 @@ from compressors.plan import CompressionPlan, LayerSpec
 from evaluators.divergence import LOSS
 from evaluators.measurement import exact
 from evaluators.runtime import Deployed, Runtime
+from search.loop import run
+from search.records import record_to_json
 from search.sampler import MEASURED_LOSS
 from search.space import build_space
 from search.storage import RECORD, counted, open_storage
-from search.study import Budget, Search, run
-from search.tracking import Tracker, record_to_json
+from search.study import Budget, Search
+from search.tracking import Tracker
 from search.trial import Clock, Judge, TrialRecord
+from tests.cluster.kills import start_worker
 from tests.studies import ACCURACY, RATIO, CountingRuntime, make_search, quiet
 
 ASKS = "asks"
@@ -111,7 +113,7 @@ def fill(search: Search, count: int) -> None:
 
 def worker(search: Search, folder: Path, seconds: float, began: float) -> None:
     """The real loop with a sleeper; how long each ask took, waiting for its turn included, goes to a file."""
-    loop: Any = importlib.import_module("search.study")
+    loop: Any = importlib.import_module("search.loop")
     loop.Here = lambda *_: Sleeper(seconds)
     ask = loop._Loop._ask
     exclusively = loop.exclusively
@@ -156,19 +158,11 @@ def main() -> None:
         search.tracker.check()
     fill(search, wanted.before)
     began = time.monotonic()
-    children = []
-    for _ in range(wanted.workers):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                worker(made(wanted, wanted.folder), wanted.folder, wanted.seconds, began)
-                code = 0
-            except BaseException:  # noqa: BLE001  it ends here and is told of
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-        children.append(pid)
+
+    def work() -> None:
+        worker(made(wanted, wanted.folder), wanted.folder, wanted.seconds, began)
+
+    children = [start_worker(work, wanted.folder) for _ in range(wanted.workers)]
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
     rows = [json.loads(line) for line in (wanted.folder / ASKS).read_text().splitlines()]
     study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))

@@ -135,11 +135,6 @@ def _does(port: int, statement: str) -> bool:
     return True
 
 
-def mlflow_database(storage: str) -> str:
-    """Beside the studies' database."""
-    return storage.replace("/postgres", "/mlflow")
-
-
 @contextmanager
 def mlflow_server(folder: Path, database: str) -> Iterator[tuple[Service, str]]:
     """A server that keeps files itself, and its address; the same command as in docs/clusters.md."""
@@ -155,6 +150,17 @@ def mlflow_server(folder: Path, database: str) -> Iterator[tuple[Service, str]]:
     command = [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
     with running(Service(command, folder / "mlflow.log", lambda: _is_healthy(port), cwd=folder)) as service:
         yield service, f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def servers() -> Iterator[tuple[Path, Service, str, Service, str]]:
+    """A new folder; PostgreSQL and its address; an MLflow server on another database there, and its address."""
+    with (
+        public_folder() as folder,
+        postgresql(folder) as (database, storage),
+        mlflow_server(folder, storage.replace("/postgres", "/mlflow")) as (mlflow, uri),
+    ):
+        yield folder, database, storage, mlflow, uri
 
 
 def _is_healthy(port: int) -> bool:

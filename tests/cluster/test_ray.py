@@ -5,18 +5,14 @@ import signal
 import pytest
 
 from tests.cluster import sweeps
-from tests.cluster.services import mlflow_database, mlflow_server, postgresql, public_folder, ray_head
+from tests.cluster.services import ray_head, servers
 
 pytestmark = [pytest.mark.cluster, sweeps.LEAKS]
 TRIALS = 40
 
 
 def test_ray() -> None:
-    with (
-        public_folder() as folder,
-        postgresql(folder) as (_, storage),
-        mlflow_server(folder, mlflow_database(storage)) as (_, server),
-    ):
+    with servers() as (folder, _, storage, _, server):
         env = sweeps.environment(folder, storage)
         sweeps.prepare(folder, 4, server, env)
         # The nodes hand their environment on to the workers.

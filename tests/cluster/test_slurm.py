@@ -5,19 +5,14 @@ import subprocess
 import pytest
 
 from tests.cluster import sweeps
-from tests.cluster.services import mlflow_database, mlflow_server, postgresql, public_folder, slurm, wait_until
+from tests.cluster.services import servers, slurm, wait_until
 
 pytestmark = [pytest.mark.cluster, sweeps.LEAKS]
 TRIALS = 120
 
 
 def test_slurm() -> None:
-    with (
-        public_folder() as folder,
-        postgresql(folder) as (_, storage),
-        mlflow_server(folder, mlflow_database(storage)) as (_, server),
-        slurm(folder) as slurm_environment,
-    ):
+    with servers() as (folder, _, storage, _, server), slurm(folder) as slurm_environment:
         env = sweeps.environment(folder, storage, slurm_environment)
         sweeps.prepare(folder, 4, server, env)
         options = [

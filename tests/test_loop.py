@@ -4,40 +4,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from compressors.errors import ConfigError, Infeasible
-from evaluators.measurement import Measurement, Metric
-from search import study as module
+from search import loop as module
 from search.conclude import conclude
 from search.ladder import Ladder
-from search.liveness import _started, this_process
+from search.liveness import this_process
+from search.loop import run
 from search.sampler import REMAINING
 from search.select import Bound
-from search.storage import RETRIES, at_work, dead, failed, open_storage, requeue, spent_s, state
-from search.storage import quiet as quietly
-from search.study import Budget, Outcome, Progress, Search, run
-from search.tracking import Away, Tracker
-from search.trial import TrialRecord
-from tests.studies import ACCURACY, RATIO, Counting, Gradually, make_search, quiet, refuse
-
-
-def optuna_trials(folder: Path, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
-    study = optuna.load_study(study_name="test", storage=f"sqlite:///{folder}/optuna.db")
-    return study.get_trials(states=states or None)
-
-
-def counted(folder: Path) -> list[str]:
-    """Digests of the trials that did work."""
-    done = optuna_trials(folder, TrialState.COMPLETE, TrialState.PRUNED)
-    return [t.user_attrs["digest"] for t in done if "duplicate_of" not in t.user_attrs]
+from search.storage import at_work, spent_s
+from search.study import Budget, Progress, Search
+from tests.studies import Gradually, digests, make_search, optuna_trials, quiet, refuse
 
 
 def test_the_budget_is_met_exactly_and_the_uncompressed_model_comes_first(store: Path) -> None:
@@ -55,7 +41,7 @@ def test_a_finished_study_is_taken_up_with_a_larger_budget_and_nothing_runs_twic
     run(make_search(store, 4), quiet)
     outcome = run(make_search(store, 7, deployed.append), quiet)
     assert len(outcome.records) == 7
-    assert len(set(counted(store))) == len(counted(store)) == 7
+    assert len(set(digests(store))) == len(digests(store)) == 7
     # One for the reference, three for the trials that were missing.
     assert len(deployed) == 4
 
@@ -124,7 +110,7 @@ def test_ctrl_c_puts_the_trial_back_and_the_same_command_goes_on(store: Path) ->
 
     resumed = run(make_search(store, 3), quiet)
     assert len(resumed.records) == 3
-    assert len(set(counted(store))) == 3
+    assert len(set(digests(store))) == 3
     # The plan that was interrupted is among those that were finished.
     assert any(len(r.plan.steps[0].per_layer) == 6 for r in resumed.records if r.plan.steps)
 
@@ -141,15 +127,15 @@ def test_a_killed_process_loses_nothing_but_its_running_trial(store: Path, tmp_p
     process.kill()
     process.wait()
     assert len(optuna_trials(store, TrialState.RUNNING)) == 1
-    before = counted(store)
+    before = digests(store)
 
     search = make_search(store, 8)
     outcome = run(search, quiet)
     assert optuna_trials(store, TrialState.RUNNING) == []
     assert search.tracker.open_trials(outcome.study) == []
     assert len(outcome.records) == 8
-    assert counted(store)[: len(before)] == before
-    assert len(set(counted(store))) == 8
+    assert digests(store)[: len(before)] == before
+    assert len(set(digests(store))) == 8
 
 
 def test_work_recorded_by_a_process_that_died_before_telling_is_not_done_again(
@@ -207,7 +193,7 @@ def test_two_workers_share_the_budget_and_never_a_plan(store: Path) -> None:
     code = f"from pathlib import Path; from tests.studies import *; run_slowly(Path({str(store)!r}), 8)"
     workers = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1]) for _ in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    assert len(counted(store)) == len(set(counted(store))) == 8
+    assert len(digests(store)) == len(set(digests(store))) == 8
     assert len({t.user_attrs["owner"] for t in optuna_trials(store)}) == 2
 
 
@@ -292,7 +278,7 @@ def test_what_was_stopped_is_not_tried_again(store: Path) -> None:
     after = run(gradual(store, 22, LADDER, deployed.append), quiet)
     assert after.records[:20] == before.records
     assert len(deployed) == 3  # the reference and two trials
-    assert len(set(counted(store))) == 22
+    assert len(set(digests(store))) == 22
 
 
 def test_a_plan_that_was_stopped_is_answered_as_stopped_when_proposed_again(store: Path) -> None:
@@ -368,270 +354,3 @@ def test_time_in_which_several_workers_were_at_it_counts_once(store: Path) -> No
             setattr(trial, name, began + since)
         study.add_trial(trial)
     assert spent_s(study.trials) == pytest.approx(13)
-
-
-# -- Workers that leave and take over
-
-
-def timed(store: Path, trials: int, **changes: Any) -> Search:
-    """Its latency only counts on the study's machine."""
-    search = make_search(store, trials, **changes)
-    bench = replace(search.workbench, evaluators={"judging": Judging(), "timing": Timing()})
-    return replace(search, workbench=bench)
-
-
-@dataclass(frozen=True)
-class Judging(Counting):
-    """Half of what counting measures, anywhere."""
-
-    def metrics(self) -> tuple[Metric, ...]:
-        return (ACCURACY,)
-
-    def measure(self, *given: Any) -> tuple[Measurement, ...]:
-        return tuple(super().measure(*given))[:1]
-
-
-@dataclass(frozen=True)
-class Timing(Counting):
-    """The other half."""
-
-    of_machine: ClassVar[bool] = True
-
-    def metrics(self) -> tuple[Metric, ...]:
-        return (RATIO,)
-
-    def measure(self, *given: Any) -> tuple[Measurement, ...]:
-        return tuple(super().measure(*given))[1:]
-
-
-def test_a_worker_elsewhere_leaves_latency_to_one_on_the_studys_machine(store: Path) -> None:
-    run(timed(store, 1), quiet)
-    elsewhere = timed(store, 4, measure="never", fingerprint={**make_search(store, 1).fingerprint, "cpu": "another"})
-    ended = run(elsewhere, quiet)
-    assert ended.ended == "budget spent: 1 of 4 trials"
-    assert ended.others == 3, "nobody may conclude yet"
-    assert len(ended.records) == 1
-    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
-    waits = [t for t in study.trials if t.state is TrialState.RUNNING]
-    assert [state(t) for t in waits] == 3 * ["waiting to be measured"]
-    assert len({r.plan.digest for r in waiting_records(elsewhere, ended)}) == 3
-
-    deployed: list[int] = []
-    outcome = run(timed(store, 4, before=deployed.append, measure="only"), quiet)
-    assert deployed == [0], "only the reference is deployed: the files came with the trials"
-    assert len(outcome.records) == 4
-    assert all({"accuracy", "latency_ratio"} <= {m.name for m in r.measurements} for r in outcome.records)
-    assert {t.state for t in optuna_trials(store)} == {TrialState.COMPLETE}
-    assert elsewhere.tracker.open_trials(outcome.study) == []
-
-
-def waiting_records(search: Search, outcome: Outcome) -> list[TrialRecord]:
-    open_trials = search.tracker.open_trials(outcome.study)
-    read = [search.tracker.unmeasured(t.run_id, empty(search.folder / t.run_id))[0] for t in open_trials]
-    return sorted(read, key=lambda r: r.number)
-
-
-def empty(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_a_worker_that_does_both_takes_what_waits_first(store: Path) -> None:
-    run(timed(store, 1), quiet)
-    run(timed(store, 3, measure="never"), quiet)
-    outcome = run(timed(store, 4), quiet)
-    assert len(outcome.records) == 4
-    assert {t.state for t in optuna_trials(store)} == {TrialState.COMPLETE}
-
-
-def test_trials_that_wait_do_not_go_stale(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(timed(store, 1), quiet)
-    run(timed(store, 2, measure="never"), quiet)
-    storage = open_storage(f"sqlite:///{store}/optuna.db")
-    study = optuna.load_study(study_name="test", storage=storage)
-    waits = next(t for t in study.trials if t.state is TrialState.RUNNING)
-    with storage.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
-    assert waits._trial_id in storage._get_stale_trial_ids(study._study_id)
-    silent: dict[int, float] = {waits._trial_id: -1e6}
-    assert dead(study, silent) == []
-    run(timed(store, 2, measure="never"), quiet)
-    assert study.trials[waits.number].state is TrialState.RUNNING
-    assert len(run(timed(store, 2), quiet).records) == 2
-
-
-def test_a_worker_elsewhere_begins_no_study(store: Path) -> None:
-    with pytest.raises(ConfigError, match="nobody has begun 'test'"):
-        run(timed(store, 2, measure="never"), quiet)
-
-
-def test_a_worker_elsewhere_still_needs_the_same_model(store: Path) -> None:
-    run(timed(store, 1), quiet)
-    other = {**make_search(store, 1).fingerprint, "model": "b"}
-    with pytest.raises(ConfigError, match="model was a, is b"):
-        run(timed(store, 2, measure="never", fingerprint=other), quiet)
-
-
-def test_the_last_worker_stays_until_the_budget_is_met(store: Path) -> None:
-    """Another one is at the last trial, and dies."""
-    run(make_search(store, 2), quiet)
-    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
-    trial = study.ask(fixed_distributions=study.trials[1].distributions)
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    host, *_ = this_process().rsplit(":", 2)
-    trial.set_user_attr("owner", f"{host}:{sleeper.pid}:{_started(sleeper.pid)}")
-    phases: list[str] = []
-
-    def watch(progress: Progress) -> None:
-        phases.append(progress.phase)
-        if progress.phase == "waiting for other workers" and sleeper.poll() is None:
-            sleeper.kill()
-            sleeper.wait()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "HEARTBEAT_S", 0.1)
-        patch.setattr(module, "IDLE_S", 0.2)
-        outcome = run(make_search(store, 3), watch)
-    assert "waiting for other workers" in phases
-    assert len(outcome.records) == 3
-    assert study.trials[trial.number].state is TrialState.FAIL
-
-
-def test_a_trial_whose_processes_keep_dying_is_given_up_and_counts(store: Path) -> None:
-    run(make_search(store, 2), quiet)
-    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
-    distributions = study.trials[1].distributions
-    study.enqueue_trial(study.trials[1].params | {next(iter(distributions)): 32})
-    for life in range(1 + RETRIES):
-        trial = study.ask(fixed_distributions=distributions)
-        trial.set_user_attr("digest", "always the same")
-        assert not failed(study.trials[trial.number])
-        requeue(study, trial.number)
-        assert failed(study.trials[trial.number]) == (life == RETRIES)
-    assert not [t for t in study.trials if t.state is TrialState.WAITING]
-    assert len(run(make_search(store, 4), quiet).records) == 3
-
-
-def test_where_everything_breaks_the_worker_ends_and_says_why(store: Path) -> None:
-    def broken(count: int) -> None:
-        if count:
-            raise OSError(28, "No space left on device")
-
-    outcome = run(make_search(store, 50, broken), quiet)
-    assert (
-        outcome.ended == "10 trials in a row broke, the last one in deploy: OSError: [Errno 28] No space left on device"
-    )
-    assert len(outcome.records) == 1
-
-
-def test_a_server_that_is_away_stops_nobody(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gone after the second trial, back after the fifth."""
-    search = make_search(store, 6)
-    monkeypatch.setattr(module, "IDLE_S", 0.05)
-    gone: list[bool] = []
-    names = (
-        "start_trial",
-        "finish_trial",
-        "kill_trial",
-        "find",
-        "open_trials",
-        "progress",
-        "log_study_text",
-        "records",
-    )
-    for name in names:
-        monkeypatch.setattr(Tracker, name, _unless(gone, getattr(Tracker, name)))
-
-    def watch(progress: Progress) -> None:
-        if not progress.phase:
-            gone[:] = [True] if 2 <= progress.done < 5 else []
-
-    outcome = run(search, watch)
-    assert len(outcome.records) == len({r.plan.digest for r in outcome.records}) == 6
-    assert all(record.artifact_uri for record in outcome.records)
-    assert search.tracker.open_trials(outcome.study) == []
-    assert not list((store / "test" / "outbox").rglob("letter.json"))
-
-
-def _unless(gone: list[bool], method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if gone:
-            raise Away("gone")
-        return method(*args, **kwargs)
-
-    return call
-
-
-def waits_with(store: Path, owner: str) -> tuple[optuna.Study, int]:
-    """A study with one trial that waits, taken by a process of this name."""
-    run(timed(store, 1), quiet)
-    run(timed(store, 2, measure="never"), quiet)
-    study = optuna.load_study(study_name="test", storage=open_storage(f"sqlite:///{store}/optuna.db"))
-    waits = next(t for t in study.trials if t.state is TrialState.RUNNING)
-    optuna.trial.Trial(study, waits._trial_id).set_user_attr("owner", owner)
-    return study, waits.number
-
-
-def test_a_trial_whose_measuring_process_died_waits_again_and_not_for_ever(store: Path) -> None:
-    host, pid, started = this_process().rsplit(":", 2)
-    gone = f"{host}:{pid}:{int(started) + 1}"
-    study, number = waits_with(store, gone)
-    for tries in range(1, 1 + RETRIES):
-        run(timed(store, 2, measure="never"), quiet)
-        trial = study.trials[number]
-        assert (trial.state, trial.user_attrs["owner"], trial.user_attrs["tries"]) == (TrialState.RUNNING, "", tries)
-        optuna.trial.Trial(study, trial._trial_id).set_user_attr("owner", gone)
-    run(timed(store, 2, measure="never"), quiet)
-    assert study.trials[number].state is TrialState.FAIL
-    assert "died 3 times" in study.trials[number].user_attrs["error"]
-
-
-def test_silence_counts_only_when_it_lasts_and_never_of_a_process_that_is_seen_to_live(store: Path) -> None:
-    run(make_search(store, 1), quiet)
-    storage = open_storage(f"sqlite:///{store}/optuna.db")
-    study = optuna.load_study(study_name="test", storage=storage)
-    with quietly():
-        here, elsewhere = study.ask(), study.ask()
-    here.set_user_attr("owner", this_process())
-    elsewhere.set_user_attr("owner", "elsewhere:1:1")
-    for trial in (here, elsewhere):
-        storage.record_heartbeat(trial._trial_id)
-    with storage.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
-    silent: dict[int, float] = {}
-    assert dead(study, silent) == []
-    silent[elsewhere._trial_id] -= 1000
-    assert [t.number for t in dead(study, silent)] == [elsewhere.number]
-    storage.record_heartbeat(elsewhere._trial_id)
-    assert dead(study, silent) == []
-    assert silent == {}
-
-
-def test_stop_comes_before_what_waits(store: Path) -> None:
-    study, number = waits_with(store, "")
-
-    def watch(progress: Progress) -> None:
-        if progress.phase:
-            study.set_user_attr("stop", "now")
-
-    outcome = run(timed(store, 4), watch)
-    assert outcome.ended.startswith("stopped on demand")
-    assert study.trials[number].state is TrialState.RUNNING
-
-
-def test_what_was_taken_over_is_recorded_by_one_only(store: Path) -> None:
-    """This worker was taken for dead, and another one has its trial again, when it comes to its end."""
-    search = make_search(store, 3)
-    run(replace(search, budget=Budget(trials=1)), quiet)
-
-    def taken_over(count: int) -> None:
-        study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
-        running = [t for t in study.trials if t.state is TrialState.RUNNING]
-        if count and len(study.trials) < 3:
-            requeue(study, running[0].number)
-
-    outcome = run(make_search(store, 3, taken_over), quiet)
-    digests = [record.plan.digest for record in outcome.records]
-    assert len(digests) == len(set(digests)) == 3
-    assert len(set(counted(store))) == len(counted(store)) == 3
-    assert search.tracker.open_trials(outcome.study) == []
