@@ -102,16 +102,16 @@ def show(conclusion: Conclusion, console: Console) -> None:
         f"on the test split, {name}: {m.name} {report.quality_text(m)}, {m.n} examples"
         for name, m in conclusion.test.items()
     ]
-    lines += surrogate_errors(outcome.front)
+    lines += surrogate_errors(outcome.front, conclusion.view.quality)
     lines += [f"picture: {path}" for path in conclusion.files if path.suffix == ".png"]
     lines += [outcome.ended, f"more: start ./scripts/ui (or compareto ui) and open {conclusion.link}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def surrogate_errors(front: Sequence[TrialRecord]) -> list[str]:
-    """How far the sampler's predictions of latency were off, for the front members that it proposed itself."""
-    names = dict.fromkeys(name for record in front for name in record.expected if "latency" in name)
+def surrogate_errors(front: Sequence[TrialRecord], quality: str) -> list[str]:
+    """How far the sampler's predictions of latency and size were off, for the front members that it proposed itself."""
+    names = dict.fromkeys(name for record in front for name in record.expected if name != quality)
     lines = []
     for name in names:
         told = [r for r in front if name in r.expected]

@@ -49,6 +49,7 @@ from search.storage import (
     snapshot,
     spent_s,
     state,
+    together,
     waiting,
 )
 from search.study import Outcome, Progress, Search, Watcher, open_study
@@ -121,6 +122,9 @@ class _Loop:
         self.first = {search.space.sample(FixedTrial(answers)).digest: answers for answers in plans}
         self.began = time.perf_counter()
         self.looked_after = -math.inf
+        # Whether a worker that died may have left runs open; at the beginning, one that was here before.
+        self.succeeded = True
+        self.saved = ""
         self.silent: dict[int, float] = {}
         self.duplicates = 0
         self.broken: list[str] = []
@@ -148,18 +152,17 @@ class _Loop:
             if len(self.broken) >= BROKEN_IN_A_ROW:
                 return f"{len(self.broken)} trials in a row broke, the last one in {self.broken[-1]}"
             self._deliver()
-            due = time.perf_counter() - self.looked_after > HEARTBEAT_S
-            if due:
-                self.looked_after = time.perf_counter()
+            if self.succeeded:
                 with suppress(Away):
                     self._close_what_is_left_open()
+                    self.succeeded = False
             try:
                 # Counting, asking and signing are one act among all workers: none overshoots the budget, and none takes
                 # up a plan that another one is at.
                 with exclusively(self.search.storage, self.search.name) as held:
                     if self.study.user_attrs.get(STOP) != self.stop:
                         return STOPPED
-                    if due:
+                    if time.perf_counter() - self.looked_after > HEARTBEAT_S:
                         self._take_up_the_dead()
                     trials = snapshot(self.study)
                     left = self._take_waiting(trials) if self.search.measure != "never" else None
@@ -183,7 +186,7 @@ class _Loop:
                 trial, plan, twin = asked
                 in_a_row = in_a_row + 1 if twin else 0
                 if twin is None:
-                    self._one(trial, plan)
+                    self._one(trial, plan, tried=plan.digest in {t.user_attrs.get("digest") for t in trials})
                 else:
                     self._tell_again(trial, twin)
         return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
@@ -192,18 +195,18 @@ class _Loop:
         """Take stock of what all workers did, once the tracker knows all; `ConfigError` where that takes too long."""
         self._deliver_all()
         _patiently(self._close_what_is_left_open)
-        located = [self._located(record) for record in self._others(snapshot(self.study))]
+        began = time.monotonic()
+        located = [self._located(record, began + ARRIVE_S) for record in self._others(snapshot(self.study))]
         self._take([record for record in located if record])
         self._save_front()
 
-    def _located(self, record: TrialRecord) -> TrialRecord | None:
+    def _located(self, record: TrialRecord, until: float) -> TrialRecord | None:
         """With where its files are, which was not known yet while the tracker was away; None if they never arrive."""
         if not record.measured or record.artifact_uri is not None:
             return record
-        began = time.monotonic()
         while True:
             found = _patiently(lambda: self.search.tracker.find(self.run, record.plan.digest))
-            if found or time.monotonic() - began > ARRIVE_S:
+            if found or time.monotonic() > until:
                 break
             self._show("waiting for the files of another worker")
             time.sleep(IDLE_S)
@@ -274,18 +277,18 @@ class _Loop:
             self.study.enqueue_trial(missing)
         minutes = self.search.budget.minutes
         self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
-        with quiet():
+        with quiet(), together(self.study):
             trial = self.study.ask()
-        # From the first moment: a trial without any is never missed.
-        beat(self.study, trial.number)
-        trial.set_user_attr(OWNER, this_process())
-        plan = self.search.space.sample(trial)
+            # From the first moment: a trial without any is never missed.
+            beat(self.study, trial.number)
+            trial.set_user_attr(OWNER, this_process())
+            plan = self.search.space.sample(trial)
         trial.set_user_attr("digest", plan.digest)
         return trial, plan, known.get(plan.digest)
 
-    def _one(self, trial: Trial, plan: CompressionPlan) -> None:
-        """Carry out and tell, unless a worker that died before it could tell Optuna had measured and recorded it."""
-        record = self._known(plan.digest) or self._carry_out(trial, plan)
+    def _one(self, trial: Trial, plan: CompressionPlan, tried: bool) -> None:
+        """Carry out and tell; of a plan that was `tried`, a worker that died may have left all but the telling."""
+        record = (self._known(plan.digest) if tried else None) or self._carry_out(trial, plan)
         if record is not None:
             self._tell(trial, record)
 
@@ -421,8 +424,10 @@ class _Loop:
 
     def _take_up_the_dead(self) -> None:
         """Put trials of workers that are gone back into the queue."""
+        self.looked_after = time.perf_counter()
         told = {str(t.user_attrs.get("digest")) for t in counted(snapshot(self.study))}
         for trial in dead(self.study, self.silent):
+            self.succeeded = True
             # It may tell in this moment.
             with suppress(UpdateFinishedTrialError):
                 told.add(self._take_up(trial, told))
@@ -498,8 +503,10 @@ class _Loop:
         fresh = path.with_suffix(f".{this_process()}")
         fresh.write_text(text)
         fresh.replace(path)
-        with suppress(Away):
-            self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
+        if text != self.saved:
+            with suppress(Away):
+                self.search.tracker.log_study_text(self.run, text, FRONT_FILE)
+                self.saved = text
 
 
 def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]:

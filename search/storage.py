@@ -19,6 +19,7 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -128,17 +129,57 @@ def _is_away(error: BaseException | None) -> bool:
 
 
 class _Patient(RDBStorage):
-    """A database that may go away for a while. A call whose answer got lost on the way is made once more."""
+    """A database that may go away for a while. A call whose answer got lost on the way is made once more.
+
+    While parameters are kept back, to be written all at once, it stands still for its reader (see `together`).
+    """
+
+    kept_back: list[tuple[Any, ...]] | None = None
+
+    @patient
+    def write(self, parameters: Sequence[tuple[Any, ...]]) -> None:
+        with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
+            for parameter in parameters:
+                self._set_trial_param_without_commit(session, *parameter)
+
+    def _set_trial_param(self, *parameter: Any, **_: Any) -> None:
+        if self.kept_back is None:
+            self.write([parameter])
+        else:
+            self.kept_back.append(parameter)
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return self.read(*args, **kwargs) if self.kept_back is None else []
+
+    @patient
+    def read(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return super()._get_trials(*args, **kwargs)
 
 
 # What others call, Optuna's cache in front of it included, which has its own ways in.
 _CALLED = {
     *BaseStorage.__abstractmethods__,
     *("record_heartbeat", "_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
-    *("_get_trials", "_create_new_trial", "_set_trial_param", "_check_and_set_param_distribution"),
+    *("_create_new_trial", "_check_and_set_param_distribution"),
 }
 for _name in sorted(_CALLED & set(dir(RDBStorage))):
     setattr(_Patient, _name, patient(getattr(RDBStorage, _name)))
+
+
+@contextmanager
+def together(study: optuna.Study) -> Iterator[None]:
+    """For asking, while all other workers wait: read nothing that was read before, and write all parameters in one go.
+
+    A sampler may look at all trials for every knob, which reads those that run anew, and every parameter is a commit:
+    with a hundred knobs and 64 workers, seconds.
+    """
+    storage = cast(Any, study._storage)._backend
+    storage.kept_back = []
+    try:
+        yield
+        storage.write(storage.kept_back)
+    finally:
+        storage.kept_back = None
 
 
 def _connecting(url: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import compareto
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed
-from search.conclude import Conclusion, Selection, conclude, reselect, show
+from search.conclude import Conclusion, Selection, conclude, reselect, show, surrogate_errors
 from search.loop import run
 from search.select import Fastest, MostAccurate, Rule
 from search.study import Outcome, Search
@@ -101,6 +101,20 @@ def test_the_champion_carries_the_alias_and_the_whole_front_is_registered(finish
     again = finished.again(finished.search.rule)
     assert finished.search.tracker.champion(finished.outcome.study).number == again.choice.record.number
     assert finished.versions() == len({r.number for r in (*finished.outcome.front, again.choice.record)})
+
+
+def test_the_surrogates_errors_are_those_of_what_was_predicted(finished: Finished) -> None:
+    first, second, third = (replace(finished.outcome.front[0], number=number) for number in range(3))
+    ratio = first.value("latency_ratio").value
+    told = [
+        replace(first, expected={"latency_ratio": 1.1 * ratio, "accuracy": 0.0}),
+        replace(second, expected={"latency_ratio": 0.7 * ratio}),
+        third,
+    ]
+    (line,) = surrogate_errors(told, "accuracy")
+    assert line.startswith("latency_ratio as predicted before it was measured: 20.0 % off (median), 30.0 % at most")
+    assert line.endswith("for 2 of 3 front members")
+    assert surrogate_errors([third], "accuracy") == []
 
 
 def test_pictures_and_tables_lie_in_the_folder_and_in_the_tracker(finished: Finished) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from compressors.errors import ConfigError
 from search import storage as module
-from search.storage import exclusively, open_storage, patient, quiet
+from search.storage import exclusively, open_storage, patient, quiet, together
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,3 +137,21 @@ def test_a_study_outlasts_a_database_that_goes_away_at_any_call(
     assert storage._get_stale_trial_ids(study._study_id) == []
     assert study.user_attrs == {"left": 1.0}
     assert calls[""] > 30
+
+
+def test_parameters_that_are_kept_together_are_all_there_afterwards(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    study = optuna.create_study(storage=open_storage(url), study_name="a", sampler=optuna.samplers.RandomSampler())
+    with quiet():
+        first, second = study.ask(), study.ask()
+    with together(study):
+        asked = {name: first.suggest_float(name, 0, 1) for name in "abc"}
+        assert optuna.load_study(study_name="a", storage=url).trials[0].params == {}
+    second.suggest_float("a", 0, 1)
+    with pytest.raises(ValueError, match="different distribution"), together(study):
+        second.suggest_int("b", 0, 7)
+    stored = optuna.load_study(study_name="a", storage=url).trials
+    assert stored[0].params == asked
+    assert set(stored[1].params) == {"a"}
+    second.suggest_float("c", 0, 1)
+    assert set(optuna.load_study(study_name="a", storage=url).trials[1].params) == {"a", "c"}

@@ -326,7 +326,7 @@ def test_a_trial_has_a_sign_of_life_before_anything_is_done_for_it(
 ) -> None:
     """One without would count as alive for ever, if its host went away in this moment."""
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         raise SystemExit
 
     monkeypatch.setattr(module._Loop, "_one", dies)

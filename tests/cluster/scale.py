@@ -1,6 +1,6 @@
 """Many workers on trials that only take time: how much of it goes into asking, telling and waiting for each other.
 
-    .venv/bin/python -m tests.cluster.scale --workers 64 --trials 640 --seconds 30 --before 4400
+    .venv/bin/python -m tests.cluster.scale --folder DIR --servers --workers 64 --trials 640 --seconds 30 --before 4400
 
 A worker is the real loop with a real storage and tracker; a trial sleeps instead of compressing and measuring, so that
 one machine can stand in for many. `--before` trials are there already, as in the last part of a long study.
@@ -36,6 +36,7 @@ from search.study import Budget, Search
 from search.tracking import Tracker
 from search.trial import Clock, Judge, TrialRecord
 from tests.cluster.kills import start_worker
+from tests.cluster.services import servers
 from tests.studies import ACCURACY, RATIO, CountingRuntime, make_search, quiet
 
 ASKS = "asks"
@@ -115,6 +116,8 @@ def worker(search: Search, folder: Path, seconds: float, began: float) -> None:
     """The real loop with a sleeper; how long each ask took, waiting for its turn included, goes to a file."""
     loop: Any = importlib.import_module("search.loop")
     loop.Here = lambda *_: Sleeper(seconds)
+    # What slept has no files that anybody could wait for at the end.
+    loop._Loop.conclude = lambda _: None
     ask = loop._Loop._ask
     exclusively = loop.exclusively
     spent: list[tuple[float, float]] = []
@@ -126,9 +129,9 @@ def worker(search: Search, folder: Path, seconds: float, began: float) -> None:
         with exclusively(url, what) as held:
             yield held
 
-    def asked(self: Any) -> Any:
+    def asked(self: Any, *given: Any) -> Any:
         turn = time.perf_counter()
-        found = ask(self)
+        found = ask(self, *given)
         spent.append((time.perf_counter() - turn, time.perf_counter() - entered[0]))
         return found
 
@@ -142,6 +145,7 @@ def worker(search: Search, folder: Path, seconds: float, began: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--servers", action="store_true", help="start PostgreSQL and an MLflow server for it")
     parser.add_argument("--storage", help="default: SQLite in the folder")
     parser.add_argument("--tracking", help="default: SQLite in the folder")
     parser.add_argument("--study", default="scale")
@@ -153,6 +157,15 @@ def main() -> None:
     wanted = parser.parse_args()
     wanted.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    if wanted.servers:
+        with servers() as (_, _, wanted.storage, _, wanted.tracking):
+            simulate(wanted)
+    else:
+        simulate(wanted)
+
+
+def simulate(wanted: argparse.Namespace) -> None:
+    """Print what came of it."""
     search = made(wanted, wanted.folder)
     if not wanted.tracking:
         search.tracker.check()

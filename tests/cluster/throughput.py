@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     wanted = parser.parse_args()
     wanted.folder.mkdir(parents=True, exist_ok=True)
+    print(json.dumps({"steps of training alone, two processes over one": round(training(2) / training(1), 3)}))
     gains, both, overlapping = [], 0, 0
     for seed in range(wanted.seeds):
         # So that no search spends time on the network.
@@ -48,6 +49,37 @@ def main() -> None:
         print(json.dumps({"seed": seed, "trials an hour": [round(one), round(two)], "times": round(two / one, 3)}))
     summary = {"times": round(statistics.mean(gains), 3), "least": round(min(gains), 3), "most": round(max(gains), 3)}
     print(json.dumps({**summary, "plans that both measured": both, "bands that overlap": overlapping}))
+
+
+STEPS = """
+import sys, time, torch
+from search.models import resnet20
+torch.set_num_threads(1)
+torch.manual_seed(0)
+network, images = resnet20(10, 1), torch.randn(64, 1, 28, 28)
+optimizer = torch.optim.SGD(network.parameters(), 1e-3)
+began, steps = time.monotonic(), 0
+while time.monotonic() - began < float(sys.argv[1]):
+    optimizer.zero_grad()
+    network(images).square().mean().backward()
+    optimizer.step()
+    steps += 1
+print(steps)
+"""
+
+
+def training(processes: int, seconds: float = 15.0) -> int:
+    """Steps that so many processes, each on a core of its own, do together: what the machine has to give."""
+    started = [
+        subprocess.Popen(
+            ["taskset", "-c", str(core), sys.executable, "-c", STEPS, str(seconds)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for core in sorted(os.sched_getaffinity(0))[:processes]
+    ]
+    return sum(int(process.communicate()[0]) for process in started)
 
 
 def search(folder: Path, study: str, workers: int, seed: int, *limits: str) -> None:
