@@ -162,9 +162,9 @@ class _Loop:
                 with exclusively(self.search.storage, self.search.name) as held:
                     if self.study.user_attrs.get(STOP) != self.stop:
                         return STOPPED
-                    if time.perf_counter() - self.looked_after > HEARTBEAT_S:
-                        self._take_up_the_dead()
                     trials = snapshot(self.study)
+                    if time.perf_counter() - self.looked_after > HEARTBEAT_S and self._take_up_the_dead(trials):
+                        trials = snapshot(self.study)
                     left = self._take_waiting(trials) if self.search.measure != "never" else None
                     ended, idle = ("", False) if left else self._budget_spent(trials)
                     if ended and not idle:
@@ -422,15 +422,17 @@ class _Loop:
         with suppress(UpdateFinishedTrialError):
             answer_as(trial, twin)
 
-    def _take_up_the_dead(self) -> None:
-        """Put trials of workers that are gone back into the queue."""
+    def _take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Put trials of workers that are gone back into the queue; whether there were any."""
         self.looked_after = time.perf_counter()
-        told = {str(t.user_attrs.get("digest")) for t in counted(snapshot(self.study))}
-        for trial in dead(self.study, self.silent):
+        told = {str(t.user_attrs.get("digest")) for t in counted(trials)}
+        found = dead(self.study, trials, self.silent)
+        for trial in found:
             self.succeeded = True
             # It may tell in this moment.
             with suppress(UpdateFinishedTrialError):
                 told.add(self._take_up(trial, told))
+        return bool(found)
 
     def _take_up(self, lost: FrozenTrial, told: Collection[str]) -> str:
         """Tell what its process had recorded before it could tell, or queue it again; its plan's digest."""

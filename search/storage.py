@@ -302,8 +302,8 @@ def requeue(study: optuna.Study, number: int) -> None:
     study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def dead(study: optuna.Study, silent: dict[int, float]) -> list[FrozenTrial]:
-    """Running trials whose process has ended, or which had no heartbeat for long; those that only wait never do.
+def dead(study: optuna.Study, trials: Sequence[FrozenTrial], silent: dict[int, float]) -> list[FrozenTrial]:
+    """The running ones whose process has ended, or which had no heartbeat for long; those that only wait never do.
 
     `silent` remembers from one call to the next since when a trial has been without: after the storage was away, or
     this machine asleep, all are at first, and get the time to beat again.
@@ -311,7 +311,7 @@ def dead(study: optuna.Study, silent: dict[int, float]) -> list[FrozenTrial]:
     stale = set(cast(RDBStorage, study._storage)._get_stale_trial_ids(study._study_id))
     now = time.monotonic()
     found = []
-    for trial in running(snapshot(study)):
+    for trial in running(trials):
         owner = trial.user_attrs.get(OWNER)
         if trial._trial_id not in stale or owner == "" or (owner and is_alive_here(owner)):
             silent.pop(trial._trial_id, None)

@@ -107,7 +107,7 @@ def test_trials_that_wait_do_not_go_stale(store: Path, monkeypatch: pytest.Monke
         connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
     assert waits._trial_id in storage._get_stale_trial_ids(study._study_id)
     silent: dict[int, float] = {waits._trial_id: -1e6}
-    assert dead(study, silent) == []
+    assert dead(study, study.trials, silent) == []
     run(timed(store, 2, measure="never"), quiet)
     assert study.trials[waits.number].state is TrialState.RUNNING
     assert len(run(timed(store, 2), quiet).records) == 2
@@ -252,11 +252,11 @@ def test_silence_counts_only_when_it_lasts_and_never_of_a_process_that_is_seen_t
     with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
     silent: dict[int, float] = {}
-    assert dead(study, silent) == []
+    assert dead(study, study.trials, silent) == []
     silent[elsewhere._trial_id] -= 1000
-    assert [t.number for t in dead(study, silent)] == [elsewhere.number]
+    assert [t.number for t in dead(study, study.trials, silent)] == [elsewhere.number]
     storage.record_heartbeat(elsewhere._trial_id)
-    assert dead(study, silent) == []
+    assert dead(study, study.trials, silent) == []
     assert silent == {}
 
 

@@ -163,13 +163,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--longest", type=float, default=2.0, help="seconds that a worker lives at most")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds that a trial takes, about")
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     wanted.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
 
     def make() -> Search:
-        made = roomy_search(wanted.folder, wanted.trials, wanted.storage, wanted.tracking, pause_s=0.2)
+        made = roomy_search(wanted.folder, wanted.trials, wanted.storage, wanted.tracking, wanted.pause)
         return replace(made, name=wanted.study)
 
     began = time.monotonic()

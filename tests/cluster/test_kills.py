@@ -69,6 +69,7 @@ def test_servers_that_are_away_for_a_minute(running: Servers, tmp_path: Path) ->
     """First MLflow alone, then PostgreSQL, on which MLflow rests as well."""
     _, database, storage, mlflow, uri = running
     options = ["--storage", storage, "--tracking", uri, "--kills", "0", "--trials", "400", "--study", "outage"]
+    options += ["--pause", "1"]
     command = [sys.executable, "-m", "tests.cluster.kills", "--folder", str(tmp_path), *options]
     with (tmp_path / "out").open("w") as out:
         search = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
