@@ -50,6 +50,7 @@ from search.storage import (
     spent_s,
     state,
     together,
+    unfinished,
     waiting,
 )
 from search.study import Outcome, Progress, Search, Watcher, open_study
@@ -83,9 +84,7 @@ def run(search: Search, watch: Watcher) -> Outcome:
         loop.conclude()
     finally:
         loop.outbox.close()
-    trials = snapshot(loop.study)
-    others = len(at_work(trials)) + len(waiting(trials))
-    return Outcome(loop.run, loop.records, tuple(loop.front), ended, others)
+    return Outcome(loop.run, loop.records, tuple(loop.front), ended, unfinished(snapshot(loop.study)))
 
 
 def _carried(loop: "_Loop") -> str:
@@ -186,7 +185,7 @@ class _Loop:
                 trial, plan, twin = asked
                 in_a_row = in_a_row + 1 if twin else 0
                 if twin is None:
-                    self._one(trial, plan, tried=plan.digest in {t.user_attrs.get("digest") for t in trials})
+                    self._one(trial, plan, tried=any(t.user_attrs.get("digest") == plan.digest for t in trials))
                 else:
                     self._tell_again(trial, twin)
         return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
@@ -195,8 +194,8 @@ class _Loop:
         """Take stock of what all workers did, once the tracker knows all; `ConfigError` where that takes too long."""
         self._deliver_all()
         _patiently(self._close_what_is_left_open)
-        began = time.monotonic()
-        located = [self._located(record, began + ARRIVE_S) for record in self._others(snapshot(self.study))]
+        until = time.monotonic() + ARRIVE_S
+        located = [self._located(record, until) for record in self._others(snapshot(self.study))]
         self._take([record for record in located if record])
         self._save_front()
 
@@ -206,13 +205,13 @@ class _Loop:
             return record
         while True:
             found = _patiently(lambda: self.search.tracker.find(self.run, record.plan.digest))
-            if found or time.monotonic() > until:
-                break
+            if found:
+                return found
+            if time.monotonic() > until:
+                log.warning("trial %s is left out: its files are still with the worker that measured it", record.number)
+                return None
             self._show("waiting for the files of another worker")
             time.sleep(IDLE_S)
-        if found is None:
-            log.warning("trial %s is left out: its files are still with the worker that measured it", record.number)
-        return found
 
     def _deliver_all(self) -> None:
         began = time.monotonic()

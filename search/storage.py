@@ -340,10 +340,14 @@ def waiting(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [t for t in running(trials) if WAITS in t.user_attrs and not t.user_attrs.get(OWNER)]
 
 
-def busy(url: str, name: str) -> int:
-    """How many trials are being carried out, or wait to be measured."""
-    trials = snapshot(optuna.load_study(study_name=name, storage=open_storage(url)))
+def unfinished(trials: Sequence[FrozenTrial]) -> int:
+    """How many are being carried out, or wait to be measured."""
     return len(at_work(trials)) + len(waiting(trials))
+
+
+def busy(url: str, name: str) -> int:
+    """`unfinished` of a study that is not open here."""
+    return unfinished(snapshot(optuna.load_study(study_name=name, storage=open_storage(url))))
 
 
 def state(trial: FrozenTrial) -> str:
