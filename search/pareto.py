@@ -28,12 +28,13 @@ def distinct(rows: Sequence[Row]) -> list[int]:
     """Front members, picked in order, of which every two differ beyond their bands in at least one objective."""
     kept: list[int] = []
     for i in front(rows):
-        if all(_differ(rows[i], rows[j]) for j in kept):
+        if all(differ(rows[i], rows[j]) for j in kept):
             kept.append(i)
     return kept
 
 
-def _differ(a: Row, b: Row) -> bool:
+def differ(a: Row, b: Row) -> bool:
+    """True when one of them is better beyond the bands in at least one objective."""
     return any(x.clearly_better(y) or y.clearly_better(x) for x, y in zip(a, b, strict=True))
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -22,10 +22,13 @@ from rich.table import Table
 from compressors.layers import inside
 from compressors.plan import LayerSpec, Scalar, Settings
 from evaluators.measurement import Measurement
+from search.pareto import differ
 from search.select import Choice, baselines
 from search.trial import TrialRecord
 
 BLUE, ORANGE, RED, GREY = "#1f5fa8", "#e07b00", "#c8102e", "#9aa3ad"
+# Sizes are exact, but few people care about 5 % either way.
+SIZE_BAND = 1.05
 FULL_BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
 
 
@@ -67,21 +70,48 @@ def front_table(
     choice: Choice,
     view: View = View(),
 ) -> Table:
-    """Front, baselines and champion, fastest first."""
+    """Champion, baselines and what of the front can be told apart, fastest first."""
     table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left", caption_justify="left")
     for heading in ("trial", "what was done", view.quality, "latency ratio", "speed-up", "ms", "size"):
         table.add_column(
             heading, justify="left" if heading == "what was done" else "right", no_wrap=heading != "what was done"
         )
-    rows = {r.number: r for r in (*front, *baselines(records), choice.record)}
+    shown = _told_apart(front, choice, view)
+    rows = {r.number: r for r in (*shown, *baselines(records), choice.record)}
     on_front = {r.number for r in front}
     for record in sorted(rows.values(), key=lambda r: r.value(view.speed).value):
         style = "bold" if record.number == choice.record.number else "" if record.number in on_front else "dim"
         table.add_row(*_cells(record, choice, view), style=style)
+    table.caption = "\n".join(_left_out(records, len(front) - len(shown)))
+    return table
+
+
+def _told_apart(front: Sequence[TrialRecord], choice: Choice, view: View) -> list[TrialRecord]:
+    """Of members alike within their bands, and in size within `SIZE_BAND`, the champion or else the smallest."""
+    kept: list[TrialRecord] = []
+    for record in sorted(front, key=lambda r: (r.number != choice.record.number, _size(r, view))):
+        if all(differ(_looks(record, view), _looks(other, view)) for other in kept):
+            kept.append(record)
+    return kept
+
+
+def _looks(record: TrialRecord, view: View) -> list[Measurement]:
+    size = _optional(record, view.size)
+    about = [replace(size, interval=(size.value / SIZE_BAND, size.value * SIZE_BAND))] if size else []
+    return [*record.values((view.quality, view.speed)), *about]
+
+
+def _size(record: TrialRecord, view: View) -> float:
+    size = _optional(record, view.size)
+    return size.value if size else 0.0
+
+
+def _left_out(records: Sequence[TrialRecord], alike: int) -> Iterator[str]:
+    if alike:
+        yield f"{alike} more of the front are within the bands of these, see report.json"
     stopped = sum(r.stopped is not None for r in records)
     if stopped:
-        table.caption = f"{stopped} of {len(records)} trials were stopped early, out of reach of the front"
-    return table
+        yield f"{stopped} of {len(records)} trials were stopped early, out of reach of the front"
 
 
 def describe(record: TrialRecord) -> str:

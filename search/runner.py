@@ -4,6 +4,7 @@ Started as `python -m search.runner FD`: it reads one `Workbench` from the socke
 """
 
 import faulthandler
+import importlib
 import os
 import pickle
 import signal
@@ -294,6 +295,8 @@ def _receive(connection: Connection) -> Any:
 def main(descriptor: int) -> None:
     """Serve until the other end closes."""
     faulthandler.enable()
+    # What is sent may hold a network or a transformation of torchvision, which would be imported as it is.
+    importlib.import_module("search.torchvision_compat")
     signal_when_parent_ends(signal.SIGKILL)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         # With these a scheduler tells a job that its time is nearly up: that is for the search to hear.

@@ -276,6 +276,8 @@ class Standing:
             macs, layers = slice(2, 2 + widths), slice(2 + widths, 2 + 2 * widths)
             mean[0], mean[layers], mean[macs] = 0.1, 0.2, [0.7 if bits == 32 else 0.3 for bits in self.tables.widths]
             spread[0], spread[macs], spread[2 + widths :] = 0.3, 0.4, 0.15
+            # Large layers with little to compute wait for their weights; how much of the time that is, trials tell.
+            spread[1] = 0.3
         noise = (SIZE_NOISE if role == "size" else LATENCY_NOISE) * np.abs(self.values[mine, j]) + 1e-12
         return regress(self.described[mine], self.values[mine, j], noise, scale * mean, abs(scale) * spread + 1e-12)
 

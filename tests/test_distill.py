@@ -195,6 +195,17 @@ def test_the_rate_rises_and_falls_in_every_round(monkeypatch: pytest.MonkeyPatch
         assert rates[end - 1] == pytest.approx(0, abs=1e-9)
 
 
+def test_layers_of_many_inputs_are_moved_less_far() -> None:
+    # Three times 12 x 12 pixels are 432 inputs, three times as many as get the whole rate.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    before = [p.detach().clone() for p in model.parameters()]
+    METHOD.apply(model, Step("distill", {}, GOOD), make_context(build("plain"), count=32, size=32), seed=0)
+    wide, wide_bias, narrow, _ = (float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True))
+    # Adam's first step is as long as its rate, whatever the gradient; weight decay adds a little.
+    assert wide == pytest.approx(narrow / 3, rel=0.05)
+    assert wide_bias == pytest.approx(narrow, rel=0.05)
+
+
 @pytest.mark.parametrize("net", ["residual", "tied", "attention"])
 @pytest.mark.parametrize(("first", "second"), [(4, 8), (2, 3), (8, 4)])
 def test_more_epochs_go_on_where_fewer_ended_to_the_last_bit(net: str, first: int, second: int, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
     assert "4.00x" in rows[1]
     assert "375.0 kB" in rows[1]
     assert "1.50 MB" in rows[2]
+
+
+def test_of_versions_that_are_alike_the_table_shows_the_champion_or_the_smallest() -> None:
+    twin, small = trial(5, 0.974, 0.2505, PRUNE), trial(6, 0.975, 0.252, PRUNE)
+    size = exact(Metric("size_bytes", "bytes", "minimize"), 100_000)
+    small = replace(small, measurements=(*small.measurements[:2], size))
+    smaller = replace(
+        trial(7, 0.974, 0.253, PRUNE), measurements=(*small.measurements[:2], replace_value(size, 99_000))
+    )
+    console = Console(width=200, record=True)
+    console.print(front_table(RECORDS, [*FRONT, twin, small, smaller], CHOICE, VIEW))
+    text = console.export_text()
+    shown = [row.strip("│ ★○").split()[0] for row in text.splitlines() if row.startswith("│")]
+    assert sorted(shown) == ["0", "2", "3", "7"], "5 is like the champion; 6 is like 7, which is smaller"
+    assert "2 more of the front are within the bands of these, see report.json" in text
+
+
+def replace_value(measurement: Measurement, value: float) -> Measurement:
+    return replace(measurement, value=value, interval=(value, value))
 
 
 def test_one_line_says_how_many_were_stopped(tmp_path: Path) -> None:

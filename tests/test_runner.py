@@ -5,16 +5,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from mlflow import MlflowClient
+from torch import Tensor
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan, Step, Target
 from search.loop import run
 from search.runner import Broken, Here, Limits, Runner
+from search.torchvision_compat import torchvision
 from search.trial import Clock, Workbench
 from tests.studies import make_search, quiet
 
@@ -74,6 +78,18 @@ def test_a_trial_in_a_process_is_the_trial_itself(runner: Runner, tmp_path: Path
     assert deployed.folder == tmp_path / "there"
     assert (deployed.folder / "model.json").exists()
     assert {"compress", "deploy", "counting"} <= set(phases)
+
+
+def test_what_a_process_is_sent_may_come_from_torchvision(tmp_path: Path) -> None:
+    flips = torchvision.transforms.RandomHorizontalFlip(p=1.0)
+    runner = Runner(bench(tmp_path, partial(_expect_mirrored, flips)), FAKE, Clock(), Limits())
+    record, _ = runner.run(0, plan(0), empty(tmp_path / "files"), Clock(), None)
+    runner.close()
+    assert record.measured
+
+
+def _expect_mirrored(flips: Callable[[Tensor], Tensor], _count: int) -> None:
+    assert flips(torch.tensor([[1.0, 2.0]])).tolist() == [[2.0, 1.0]]
 
 
 def test_a_crash_is_told_with_its_signal_and_the_next_trial_runs(runner: Runner, tmp_path: Path) -> None:
