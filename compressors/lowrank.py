@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
-from compressors.replace import Site, input_moments, is_number, layer_like, one_thread, put, sites, svd
+from compressors.replace import Site, directions, input_moments, is_number, layer_like, one_thread, put, sites
 
 FORMS = ("tucker", "output")
 
@@ -31,8 +31,8 @@ class LowRank:
     Cholesky factor of their second moment (SVD-LLM, Wang 2024, arXiv 2403.07378), for kxk kernels of that of single
     positions, which is an approximation. The bias stays as it is.
 
-    It does not help where a runtime spends its time on the number of layers, as for small images or one token, nor for
-    grouped convolutions, which are left out; and what it loses is more than what pruning loses without recovery.
+    It does not help where a runtime spends its time on the number of layers, as for small images or one token, nor
+    where the spectrum is flat. Grouped convolutions are left out.
     """
 
     method: ClassVar[str] = "lowrank"
@@ -61,25 +61,27 @@ class LowRank:
     ) -> list[Effect]:
         """What the lost part of the weights was worth, without recovery; `inputs` is the share of the weights.
 
-        That of the multiplications is the same but where a convolution strides.
+        That of the multiplications is the same but where a convolution strides. Whitened or not counts as one.
         """
         known = sites(model, example)
-        bases: dict[str, Bases] = {}
+        moments = input_moments(model, known, [example])
+        bases = cache(lambda name: Bases(known[name].weight))
+
+        @cache
+        def effect(name: str, ranks: Ranks | None) -> Effect:
+            if ranks is None:
+                return Effect(0.0)
+            whole = bases(name).weight
+            change = product(bases(name).factors(ranks)) - whole
+            share = _costs(known[name], ranks)[0] / whole.numel()
+            return Effect(fisher.shift(f"{name}.weight", change, moments[name]), inputs={name: share})
+
         effects = []
         for name, settings in questions:
             try:
-                ranks = _chosen(known, name, settings, _Shared.read(settings))
+                effects.append(effect(name, _chosen(known, name, settings, _Shared.read(settings))))
             except Infeasible:
                 effects.append(Effect(math.inf))
-                continue
-            if ranks is None:
-                effects.append(Effect(0.0))
-                continue
-            basis = bases.setdefault(name, Bases(known[name].weight))
-            weight = model.get_parameter(f"{name}.weight")
-            change = (product(basis.factors(ranks)) - basis.weight).reshape(weight.shape).float()
-            share = _costs(known[name], ranks)[0] / weight.numel()
-            effects.append(Effect(fisher.rounding(f"{name}.weight", change), inputs={name: share}))
         return effects
 
 
@@ -118,7 +120,9 @@ class Bases:
         if self.moment is None:
             return None
         energy = self.moment.diagonal().mean().clamp_min(1e-12)
-        return torch.linalg.cholesky(self.moment + DAMPING * energy * torch.eye(len(self.moment), dtype=torch.float64))
+        damped = self.moment + DAMPING * energy * torch.eye(len(self.moment), dtype=torch.float64)
+        root: Tensor = torch.linalg.cholesky(damped)
+        return root
 
     @cached_property
     def _whitened(self) -> Tensor:
@@ -130,11 +134,11 @@ class Bases:
 
     @cached_property
     def _outputs(self) -> Tensor:
-        return svd(self._whitened.flatten(1))[0]
+        return directions(self._whitened.flatten(1))
 
     @cached_property
     def _inputs(self) -> Tensor:
-        return svd(self._whitened.transpose(0, 1).flatten(1))[0]
+        return directions(self._whitened.transpose(0, 1).flatten(1))
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:

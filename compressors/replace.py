@@ -145,9 +145,22 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Of the two signs that each pair of vectors can have, the largest entry of the left one is positive.
     """
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+    sign = _signs(left)
     return left * sign, values, right * sign.mT
+
+
+def directions(matrix: Tensor) -> Tensor:
+    """The left singular vectors of `(rows, columns)`, as those of `svd`; faster where there are many columns."""
+    if len(matrix) > matrix.shape[1]:
+        return svd(matrix)[0]
+    # What squaring loses is far below the directions that anybody keeps.
+    left: Tensor = torch.linalg.eigh(matrix.double() @ matrix.double().T).eigenvectors.flip(1)
+    return left * _signs(left)
+
+
+def _signs(left: Tensor) -> Tensor:
+    largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
 
 
 def input_moments(

@@ -161,7 +161,8 @@ def test_achieved_and_effects_say_what_is_left(net: str, form: str) -> None:
         layers = model.get_submodule(name)
         assert isinstance(layers, InPlaceOf)
         left = sum(layer.get_parameter("weight").numel() for layer in layers.children()) / whole[name]
-        assert told["weights"] == left == effect.inputs[name] < 1
+        assert left < 1
+        assert told["weights"] == left == effect.inputs[name]
         assert len(layers[-2].get_parameter("weight")) == told["outputs"]
         assert effect.loss > 0
     made = {layer.name: layer for layer in read_layers(model, example)}
@@ -303,12 +304,6 @@ def test_every_factor_is_computed_in_8_bits(runtime: str, net: str, form: str, t
     one = make(net, low, Step("quantize", {owners[1]: {"bits": 8}}, {"group_size": 32}), runtime=runtime)
     alone = runtime_of(runtime).deploy(one, context, tmp_path / "one", tmp_path / "cache")
     assert int8_kernels(alone) == len(one.numbers) * (2 if owners[1] == "twice.0" else 1)
-    assert (
-        alone.bytes
-        < runtime_of(runtime)
-        .deploy(make(net, low, runtime=runtime), context, tmp_path / "float", tmp_path / "cache")
-        .bytes
-    )
 
 
 @pytest.mark.parametrize("form", ["tucker", "output"])

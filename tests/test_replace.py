@@ -5,9 +5,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.replace import InPlaceOf, input_moments, layer_like, one_thread, put, sites, stands_for, svd
+from compressors.replace import (
+    InPlaceOf,
+    directions,
+    input_moments,
+    layer_like,
+    one_thread,
+    put,
+    sites,
+    stands_for,
+    svd,
+)
 from tests.zoo import build, images
 
 
@@ -109,13 +118,19 @@ def test_vectors_have_one_sign_only() -> None:
         torch.testing.assert_close(got, again)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_directions_are_the_left_singular_vectors(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(directions(matrix), svd(matrix)[0], rtol=0, atol=1e-6)
+
+
 def test_moments_are_those_of_all_positions_that_a_layer_reads() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(2), nn.Linear(144, 2))
     first, second = images(4, 1), images(2, 2)
     found = input_moments(model, ["0", "2"], [(first,), (second,)])
     pixels = torch.cat([first, second]).movedim(1, -1).reshape(-1, 3).double()
     torch.testing.assert_close(found["0"], pixels.T @ pixels / len(pixels))
-    tokens = F.conv2d(torch.cat([first, second]), model[0].weight, model[0].bias, padding=1).flatten(2)
+    tokens = model[0](torch.cat([first, second])).flatten(2)
     rows = tokens.reshape(-1, 144).detach().double()
     torch.testing.assert_close(found["2"], rows.T @ rows / len(rows))
     assert not any(module._forward_pre_hooks for module in model.modules())

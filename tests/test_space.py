@@ -266,7 +266,8 @@ def with_replacers() -> SearchSpace:
     }
     own = {name: (name,) for name in ("stem", "body.0.a", "body.0.b")}
     groups: dict[str, Any] = {**GROUPS, "lowrank": own, "separable": own}
-    return build_space(entries, compressors, groups, LAYERS, {"one": FakeRuntime("one", ("fp32",))})
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(entries, compressors, groups, LAYERS, runtimes)
 
 
 def test_a_layer_that_was_replaced_is_not_replaced_again_but_gets_its_bits() -> None:
