@@ -26,6 +26,16 @@ class Fisher:
         """Predicted rise of the loss when independent errors `change` are added to a parameter."""
         return 0.5 * float((self.squares[name] * change.square()).sum())
 
+    def shift(self, name: str, change: Tensor, moment: Tensor) -> float:
+        """Predicted rise of the loss when a weight changes by `change` `(out, in, taps)`, of errors that hang together.
+
+        They add up as the layer's inputs do, of which `moment` `(in, in)` is the second moment, up to a factor: the
+        Kronecker approximation (Martens 2015, arXiv 1503.05671), with what single gradients said of each output.
+        """
+        errors = torch.einsum("oit,ij,ojt->o", change.double(), moment, change.double())
+        energy = moment.trace().clamp_min(torch.finfo(torch.float64).tiny) * change.shape[2]
+        return 0.5 * float((self.squares[name].flatten(1).sum(1) * errors / energy).sum())
+
     def removal(self, parts: Sequence[tuple[str, Sequence[int]]]) -> float:
         """Predicted rise of the loss when output channels go to zero; `parts` names parameters and channels of each.
 

@@ -21,11 +21,19 @@ Achieved = Mapping[str, Settings]
 
 
 class Stage(IntEnum):
-    """The order in which methods run: change the graph, recover what was lost, then change the numbers."""
+    """The order in which methods run: take parts out, put other layers in the place of some, recover, change numbers.
+
+    What takes parts out goes by the layers of the uncompressed model, and so comes before what replaces them.
+    """
 
     STRUCTURE = 0
-    RECOVER = 1
-    NUMERIC = 2
+    REPLACE = 1
+    RECOVER = 2
+    NUMERIC = 3
+
+
+SHAPING = (Stage.STRUCTURE, Stage.REPLACE)
+"""The stages that change the graph."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ def compress(
     """Run the plan's steps on a copy of `model` in stage order; the given model is left untouched."""
     run = _Run(plan, compressors, context, store or _Nothing())
     made = run.float_model(model)
-    numeric = {step.method: run.numbers(made.model, step) for step in run.of_stage(Stage.NUMERIC)}
+    numeric = {step.method: run.numbers(made.model, step) for step in run.of_stages(Stage.NUMERIC)}
     achieved = {**made.achieved, **{method: applied.achieved for method, applied in numeric.items()}}
     numbers = {layer: given for applied in numeric.values() for layer, given in applied.numbers.items()}
     # Sorted, because files must not tell which of them were stored.
@@ -197,7 +205,7 @@ def compress(
 
 def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
     """The prefix that an artifact of this plan has."""
-    steps = [*_of_stage(plan, compressors, Stage.STRUCTURE), *_of_stage(plan, compressors, Stage.RECOVER)]
+    steps = _of_stages(plan, compressors, *SHAPING, Stage.RECOVER)
     return prefix_digest(steps, plan.seed)
 
 
@@ -209,8 +217,8 @@ def prefix_digest(steps: Sequence[Step], seed: int) -> str:
 ORIGINAL = "original"
 
 
-def _of_stage(plan: CompressionPlan, compressors: Mapping[str, Compressor], stage: Stage) -> list[Step]:
-    return [step for step in plan.steps if compressors[step.method].stage == stage]
+def _of_stages(plan: CompressionPlan, compressors: Mapping[str, Compressor], *stages: Stage) -> list[Step]:
+    return [step for stage in stages for step in plan.steps if compressors[step.method].stage == stage]
 
 
 @dataclass(frozen=True)
@@ -232,14 +240,14 @@ class _Run:
         self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
 
-    def of_stage(self, stage: Stage) -> list[Step]:
-        return _of_stage(self.plan, self.compressors, stage)
+    def of_stages(self, *stages: Stage) -> list[Step]:
+        return _of_stages(self.plan, self.compressors, *stages)
 
     def float_model(self, original: nn.Module) -> FloatModel:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
-        structure, recovery = self.of_stage(Stage.STRUCTURE), self.of_stage(Stage.RECOVER)
+        structure, recovery = self.of_stages(*SHAPING), self.of_stages(Stage.RECOVER)
         model, achieved = self._cut(original, structure, ())
         way = list(self._way(structure, recovery))
         passed, recovered = self._furthest(way, model)

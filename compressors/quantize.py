@@ -13,6 +13,7 @@ from compressors.fisher import Effect, Fisher, Question
 from compressors.layers import read_layers
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
+from compressors.replace import stands_for
 
 BITS: Mapping[str, tuple[int, ...]] = {"conv": (8, 32), "linear": (4, 8, 32)}
 """What can be asked of each kind of layer."""
@@ -37,10 +38,14 @@ class Quantize:
     off: ClassVar[tuple[str, Scalar]] = ("bits", 32)
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
-        """Owner -> the conv and linear layers that hold one weight tensor, which is stored once."""
+        """Owner -> the conv and linear layers that hold one weight tensor, or stand in the place of one layer."""
         layers = [layer for layer in read_layers(model, example) if layer.kind in BITS]
-        owners = [layer.name for layer in layers if layer.tied_to is None]
-        return {o: (o, *(layer.name for layer in layers if layer.tied_to == o)) for o in owners}
+        owners = {layer.name: stands_for(model, layer.name) for layer in layers if layer.tied_to is None}
+        groups: dict[str, tuple[str, ...]] = dict.fromkeys(owners.values(), ())
+        for layer in layers:
+            if (layer.tied_to or layer.name) in owners:
+                groups[owners[layer.tied_to or layer.name]] += (layer.name,)
+        return groups
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`bits` per layer, and `group_size` for those with 4."""
@@ -51,9 +56,9 @@ class Quantize:
         for owner, settings in step.per_layer.items():
             if owner not in groups:
                 raise Infeasible(f"quantize has no layer {owner}: possible are {', '.join(groups)}")
-            made, achieved[owner] = _layer(model, layers[owner], settings["bits"], step.shared)
-            if made is not None:
-                numbers.update(dict.fromkeys(groups[owner], made))
+            parts = [layers[name] for name in groups[owner]]
+            made, achieved[owner] = _together(model, parts, owner, settings["bits"], step.shared)
+            numbers.update(made)
         return Applied(achieved, numbers)
 
     def effects(
@@ -113,6 +118,30 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
 def _round(groups: Tensor, scales: Tensor, top: int) -> Tensor:
     return (groups / scales[..., None]).round().clamp(-top - 1, top)
+
+
+def _together(
+    model: nn.Module, parts: Sequence[LayerSpec], owner: str, bits: Scalar, shared: Settings
+) -> tuple[dict[str, LayerNumbers], Settings]:
+    """What the layers get that share a setting, and of what it came to the worst."""
+    made: dict[str, LayerNumbers | None] = {}
+    told: list[Settings] = []
+    for layer in parts:
+        if layer.tied_to is None:
+            made[layer.name], settings = _layer(model, layer, _fitting(layer, owner, bits), shared)
+            told.append(settings)
+        else:
+            made[layer.name] = made[layer.tied_to]
+    keys = dict.fromkeys(key for settings in told for key in settings)
+    worst = {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
+    return {name: given for name, given in made.items() if given is not None}, worst
+
+
+def _fitting(layer: LayerSpec, owner: str, bits: Scalar) -> Scalar:
+    """Of the layers in the place of `owner`, one that is too narrow for groups of 4 bits gets 8."""
+    width = layer.weight_shape[1]
+    narrow = layer.kind == "linear" and width & -width < SMALLEST_GROUP
+    return 8 if bits == 4 and narrow and layer.name != owner else bits
 
 
 def _layer(model: nn.Module, layer: LayerSpec, bits: Scalar, shared: Settings) -> tuple[LayerNumbers | None, Settings]:

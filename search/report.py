@@ -115,7 +115,7 @@ def _left_out(records: Sequence[TrialRecord], alike: int) -> Iterator[str]:
 
 
 def describe(record: TrialRecord) -> str:
-    """What was done, in a few words; speaks of any method that reports `bits`, `sparsity`, `skip` or `epochs`."""
+    """What was done, in a few words; of what reports `bits`, `sparsity`, `skip`, `weights` or `epochs`, how much."""
     steps = [_step(s.method, s.shared, record.achieved.get(s.method, s.per_layer)) for s in record.plan.steps]
     target = f"{record.plan.target.runtime} {record.plan.target.precision}"
     return ", ".join([*(steps or ["uncompressed"]), target])
@@ -132,6 +132,9 @@ def _step(method: str, shared: Settings, achieved: Mapping[str, Settings]) -> st
     skipped = sum(bool(s["skip"]) for s in achieved.values() if "skip" in s)
     if skipped:
         return f"skip {skipped} block{'s' * (skipped > 1)}"
+    replaced = sum("weights" in s for s in achieved.values())
+    if replaced:
+        return f"{method} {replaced} layer{'s' * (replaced > 1)}"
     return f"{method} {shared['epochs']} epochs" if "epochs" in shared else method
 
 

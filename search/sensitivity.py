@@ -51,6 +51,7 @@ def guide(
             knob.name for m in space.methods if m.stage < Stage.NUMERIC for knob in (*m.deciding, *m.others)
         ),
         asked=partial(_asked, space),
+        hidden_by=dict(_hidden_by(space)),
     )
 
 
@@ -125,6 +126,16 @@ def _growth(space: SearchSpace, compressors: Mapping[str, Compressor]) -> tuple[
             levels = [value for value in _levels(knob) if value != method.off[1] and isinstance(value, int | float)]
             return (knob.name, tuple(sorted(levels))) if levels else None
     return None
+
+
+def _hidden_by(space: SearchSpace) -> Iterator[tuple[str, list[str]]]:
+    """Knobs all of whose layers are replaced, and not left to them, when one of these is on."""
+    before: list[Knob] = []
+    for method in space.methods:
+        if method.stage is Stage.REPLACE:
+            for knob in method.deciding:
+                yield knob.name, [other.name for other in before if {*knob.owners} <= {*other.owners}]
+            before += method.deciding
 
 
 def _asked(space: SearchSpace, answers: Answers) -> dict[str, Scalar]:

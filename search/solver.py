@@ -35,7 +35,8 @@ class Guide:
     `variants` all speak of the same knobs and choices. `targets` are the places where a plan can run, each with the
     answers that choose it. `growth` is a knob that buys back loss, with its values in rising order. A change of one of
     the `structural` knobs means training. `off` is what leaves a knob's layers alone, if that is not its choice of the
-    least loss. `asked` leaves out what a plan with these answers never asks.
+    least loss. `asked` leaves out what a plan with these answers never asks; `hidden_by` has, for knobs that are asked
+    only while others are off, those others.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -45,6 +46,7 @@ class Guide:
     structural: frozenset[str] = frozenset()
     asked: Callable[[Answers], Answers] = field(default=lambda answers: answers)
     off: Answers = field(default_factory=dict)
+    hidden_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Tables:
         )
         index = {layer.name: i for i, layer in enumerate(guide.layers)}
         self._knobs = [self._knob(name, guide.variants, index) for name in self.names]
+        self._hidden_by = [
+            [k for k, other in enumerate(self.names) if other in guide.hidden_by.get(name, ())] for name in self.names
+        ]
         self.same = self._same(guide.variants)
         twins = self.same != np.arange(self.loss.shape[2])
         # Two names of one thing: only one of them is ever proposed.
@@ -149,6 +154,12 @@ class Tables:
         sets_bits = any(effect.bits for effect in every)
         inner, outer = (np.array(side, dtype=np.intp) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
         return _Knob(layers, shares, outputs, classes if sets_bits else None, inner, outer)
+
+    def hidden(self, pick: Ints, k: int) -> NDArray[np.bool_]:
+        """`(rows,)`: whether knob `k` is not asked, because of one that is on."""
+        others = self._hidden_by[k]
+        found: NDArray[np.bool_] = (pick[:, others] != self.off[others]).any(1)
+        return found
 
     def log_shares(self, pick: Ints, variant: Ints) -> Floats:
         """`(rows, layers)`: logarithm of the share of its MACs and weights that each layer keeps."""
@@ -211,7 +222,8 @@ class Tables:
                 kept = others[:, None, :] + table
                 total = losses[:, k] + self._cost(knob, np.exp(kept), rate, rates, classes)
                 # Of layers that another knob leaves out nothing is asked.
-                wanted = np.where((np.exp(others) > GONE).any(1), total.argmin(1), self.off[k])
+                asked = (np.exp(others) > GONE).any(1) & ~self.hidden(pick, k)
+                wanted = np.where(asked, total.argmin(1), self.off[k])
                 best = np.where(free[:, k], wanted, pick[:, k])
                 pick[:, k] = best
                 shares[:, knob.layers] = kept[rows, best]

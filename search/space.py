@@ -10,7 +10,7 @@ from optuna.trial import BaseTrial
 
 from compressors.errors import ConfigError
 from compressors.layers import inside
-from compressors.pipeline import Compressor, Removing, Stage
+from compressors.pipeline import SHAPING, Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
 from evaluators.runtime import Runtime, Support
 
@@ -119,18 +119,24 @@ class SearchSpace:
         return self.plan(lambda knob: knob.suggest(trial))
 
     def plan(self, pick: Callable[[Knob], Scalar]) -> CompressionPlan:
-        """The plan that follows from any way of answering knobs."""
+        """The plan that follows from any way of answering knobs.
+
+        A layer is replaced once: methods of that stage are not asked for what one before them has replaced.
+        """
         steps: list[Step] = []
         gone: set[str] = set()
+        replaced: set[str] = set()
         structural = False
         for method in self.methods:
             if method.needs_structure and not structural:
                 continue
-            step = method.step(pick, gone)
+            replaces = method.stage is Stage.REPLACE
+            step = method.step(pick, gone | replaced if replaces else gone)
             if step is not None:
                 steps.append(step)
-                structural |= method.stage is Stage.STRUCTURE
+                structural |= method.stage in SHAPING
                 gone |= set(step.per_layer) if method.removes else set()
+                replaced |= set(step.per_layer) if replaces else set()
         return CompressionPlan(self._target(pick), tuple(steps), self.seed)
 
     def _target(self, pick: Callable[[Knob], Scalar]) -> Target:

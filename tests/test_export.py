@@ -13,6 +13,7 @@ from compressors.errors import Infeasible
 from compressors.layers import read_layers
 from compressors.pipeline import Artifact, LayerNumbers
 from compressors.plan import CompressionPlan, Target
+from compressors.replace import put
 from evaluators.export import calibration_arrays, check_parity, export, layer_nodes, once, wanted
 from evaluators.runtime import Array, Support
 from tests.zoo import NETS, build, images
@@ -95,6 +96,17 @@ class _MultiHead(nn.Module):
         return self.head(self.mha(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
 
 
+def _replaced() -> nn.Module:
+    """Layers with others in their place: within containers, as attributes, called twice."""
+    model = build("residual")
+    for name in ("block.a.0", "shortcut"):
+        conv = model.get_submodule(name)
+        put(model, name, [nn.Conv2d(16, 4, 1, bias=False), nn.Conv2d(4, len(conv.get_parameter("weight")), 1)])
+    put(model, "block.a.0.0", [nn.Conv2d(16, 4, 1)])
+    put(model, "head", [nn.Linear(32, 2, bias=False), nn.Linear(2, 5)])
+    return model
+
+
 GRAPHS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "nested": (
         _Nested,
@@ -105,6 +117,21 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "underscore": (_Underscore, torch.ones(2, 4, 5, 5), {"conv", "conv_2"}),
     "multi-head attention, whose projections are no layers": (_MultiHead, torch.ones(2, 6).long(), {"embed", "head"}),
     "a bare layer": (lambda: nn.Linear(4, 3), torch.ones(2, 4), {""}),
+    "layers with others in their place": (
+        _replaced,
+        images(),
+        {
+            "stem.0",
+            "block.a.0.0.0",
+            "block.a.0.1",
+            "block.b.0",
+            "down.0",
+            "shortcut.0",
+            "shortcut.1",
+            "head.0",
+            "head.1",
+        },
+    ),
     "one module under two names": (
         lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2),
         torch.ones(2, 4),

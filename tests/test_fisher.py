@@ -47,6 +47,23 @@ def test_a_small_change_costs_what_the_divergence_says() -> None:
     assert np.mean(predicted) == pytest.approx(np.mean(costs), rel=0.15)
 
 
+def test_a_change_that_hangs_together_costs_what_the_divergence_says() -> None:
+    """Errors along an input direction that is strong add up; those across it do not."""
+    torch.manual_seed(1)
+    strong = torch.randn(2000, 1) * torch.ones(8) + 0.1 * torch.randn(2000, 8)
+    model = nn.Linear(8, 3)
+    fisher = diagonal_fisher(model, batches(strong), examples=2000)
+    moment = (strong.T @ strong / len(strong)).double()
+    for along in (torch.ones(8), torch.tensor([1.0, -1] * 4)):
+        change = 0.02 * torch.tensor([[1.0], [-1.0], [0.5]]) * along
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.weight += change
+        predicted = fisher.shift("weight", change[..., None], moment)
+        assert predicted == pytest.approx(divergence(model, moved, strong), rel=0.6)
+    assert fisher.rounding("weight", change) > 10 * predicted
+
+
 def test_removed_channels_act_as_one() -> None:
     """Two parts of one channel whose effects cancel are no loss; alone each one is."""
     gates = {"a": torch.tensor([[1.0, 2.0], [3.0, 0.0]]), "b": torch.tensor([[-1.0, 5.0], [-3.0, 5.0]])}

@@ -48,6 +48,10 @@ class Shape(Recorder):
     method, stage = "shape", Stage.STRUCTURE
 
 
+class Swap(Recorder):
+    method, stage = "swap", Stage.REPLACE
+
+
 class Teach(Recorder):
     """Draws noise, as training draws the order of its data."""
 
@@ -165,16 +169,17 @@ class Disk(Shelf):
         return None
 
 
-OUT, SHAPE, TEACH, EIGHT, FOUR = (
+OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
     Step("out", {}, {"add": 0.125}),
     Step("shape", {}, {"add": 0.5}),
+    Step("swap", {}, {"add": 0.75}),
     Step("teach", {}, {"add": 0.25}),
     Step("count", {}, {"bits": 8}),
     Step("count", {}, {"bits": 4}),
 )
 
 
-METHODS: tuple[type[Recorder], ...] = (Out, Shape, Teach, Climb, Count, Weigh)
+METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Teach, Climb, Count, Weigh)
 
 
 def climb(epochs: int) -> Step:
@@ -212,8 +217,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_stages_decide_the_order() -> None:
     calls: list[str] = []
-    run(EIGHT, TEACH, SHAPE, calls=calls)
-    assert calls == ["shape", "teach", "count"]
+    run(EIGHT, TEACH, SWAP, SHAPE, calls=calls)
+    assert calls == ["shape", "swap", "teach", "count"]
 
 
 def test_the_given_model_is_untouched() -> None:
@@ -246,10 +251,13 @@ def test_what_was_done_is_told_per_method() -> None:
 
 def test_numbers_do_not_change_the_prefix() -> None:
     assert run(SHAPE, TEACH, EIGHT).prefix == run(SHAPE, TEACH, FOUR).prefix == run(FOUR, TEACH, SHAPE).prefix
+    assert run(SHAPE, SWAP, FOUR).prefix == run(EIGHT, SWAP, SHAPE).prefix
     assert run(EIGHT).prefix == ORIGINAL
 
 
-@pytest.mark.parametrize("steps", [(SHAPE,), (TEACH,), (Step("shape", {}, {"add": 0.6}), TEACH)])
+@pytest.mark.parametrize(
+    "steps", [(SHAPE,), (TEACH,), (SHAPE, SWAP, TEACH), (SWAP, TEACH), (Step("shape", {}, {"add": 0.6}), TEACH)]
+)
 def test_other_weights_have_another_prefix(steps: tuple[Step, ...]) -> None:
     assert run(*steps).prefix != run(SHAPE, TEACH).prefix
 
@@ -341,7 +349,10 @@ def test_what_lost_modules_is_trained_before_more_is_cut() -> None:
     calls: list[str] = []
     run(OUT, SHAPE, climb(2), calls=calls)
     assert calls == ["out", "shape", "out", "climb 0-2", "climb 2-3", "shape", "climb 0-2"]
-    for steps in ((OUT, climb(2)), (SHAPE, climb(2)), (OUT, SHAPE), (OUT, SHAPE, TEACH)):
+    calls.clear()
+    run(OUT, SWAP, climb(2), calls=calls)
+    assert calls == ["out", "swap", "out", "climb 0-2", "climb 2-3", "swap", "climb 0-2"]
+    for steps in ((OUT, climb(2)), (SHAPE, SWAP, climb(2)), (OUT, SHAPE), (OUT, SWAP, TEACH)):
         calls.clear()
         run(*steps, calls=calls)
         assert "climb 2-3" not in calls, "nothing else is cut, or nothing is out, or nothing grows"

@@ -10,6 +10,7 @@ from compressors.errors import Infeasible
 from compressors.pipeline import Applied
 from compressors.plan import Scalar, Settings, Step
 from compressors.quantize import Quantize, dequantize, quantize_groups
+from compressors.replace import put
 from tests.context import make_context
 from tests.zoo import build, images
 
@@ -95,6 +96,36 @@ def test_layers_with_one_weight_tensor_share_their_numbers() -> None:
     numbers = quantize(model, {"first": 4}).numbers
     assert numbers["first"].values is not None
     assert numbers["first"].values is numbers["second"].values
+
+
+def test_what_stands_in_a_layers_place_is_called_by_its_name() -> None:
+    model = build("attention")
+    put(model, "up", [nn.Linear(32, 4, bias=False), nn.Linear(4, 64)])
+    groups = Quantize().groups(model, (images(),))
+    assert groups["up"] == ("up.0", "up.1")
+    assert list(groups) == list(Quantize().groups(build("attention"), (images(),)))
+    applied = quantize(model, {"up": 8, "down": 32})
+    assert applied.numbers.keys() == {"up.0", "up.1"}
+    assert applied.achieved == {"up": {"bits": 8}, "down": {"bits": 32}}
+
+
+def test_a_factor_too_narrow_for_groups_of_4_bits_gets_8() -> None:
+    model = build("attention")
+    put(model, "up", [nn.Linear(32, 4, bias=False), nn.Linear(4, 64)])
+    applied = quantize(model, {"up": 4})
+    assert {name: numbers.bits for name, numbers in applied.numbers.items()} == {"up.0": 4, "up.1": 8}
+    told = applied.achieved["up"]
+    assert (told["bits"], told["group_size"]) == (8, 32)
+    assert 0 < float(told["relative_error"]) < 0.15
+    with pytest.raises(Infeasible, match=r"bits of up\.0 is 3"):
+        quantize(model, {"up": 3})
+
+
+def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_out() -> None:
+    words, head = nn.Embedding(8, 16), nn.Linear(16, 8)
+    head.weight = words.weight
+    model = nn.Sequential(words, nn.Linear(16, 16), head).eval()
+    assert dict(Quantize().groups(model, (torch.zeros(2, 2).long(),))) == {"1": ("1",)}
 
 
 def test_embeddings_are_left_out() -> None:

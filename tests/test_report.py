@@ -53,6 +53,8 @@ def test_what_was_done_in_a_few_words() -> None:
     assert describe(BASE) == "uncompressed, openvino fp32"
     assert describe(BEST) == "prune 50 %, distill 4 epochs, int8 2 layers, int4 1 layer, openvino bf16"
     assert describe(trial(5, 0.9, 0.5, Step("fold", {}, {}))) == "fold, openvino bf16"
+    low = Step("lowrank", {"block.0": {"rank": 0.5, "weights": 0.4}, "block.1": {"rank": 1.0}})
+    assert describe(trial(5, 0.9, 0.5, low)) == "lowrank 1 layer, openvino bf16"
     skip = Step("depth", {"block": {"skip": True}, "tail": {"skip": False}})
     assert describe(trial(5, 0.9, 0.5, skip)) == "skip 1 block, openvino bf16"
 

@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from compressors.distill import Distill
-from compressors.layers import read_layers
+from compressors.layers import KINDS, read_layers
+from compressors.lowrank import LowRank
 from compressors.pipeline import Compressor
 from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
+from compressors.separable import Separable
+from search.facts import Aim
+from search.proposals import Proposer
 from search.sensitivity import guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
@@ -112,6 +116,44 @@ def test_only_what_a_plan_asks_is_part_of_it(tmp_path: Path) -> None:
     assert set(found.asked(answers)) == {*(knob.name for knob in knobs), "deploy.runtime"}
     whole = answers | {knob.name: 0.0 for knob in knobs if knob.key == "sparsity"}
     assert not any(name.startswith("distill") or name == "prune.align" for name in found.asked(whole))
+
+
+def test_what_replaces_a_layer_hides_what_would_replace_it_later(tmp_path: Path) -> None:
+    spaces = {
+        "lowrank": {"rank": {"choices": [1.0, 0.25], "granularity": "layer"}},
+        "separable": {"replace": {"choices": [False, True], "granularity": "layer"}},
+    }
+    more: dict[str, Compressor] = {"lowrank": LowRank(), "separable": Separable()}
+    _, space, found = make("plain", spaces, tmp_path, more)
+    assert found is not None
+    assert {name: others for name, others in found.hidden_by.items() if others} == {
+        f"separable.replace@{name}": [f"lowrank.rank@{name}"] for name in ("a.0", "b.0")
+    }
+    assert found.structural >= {"lowrank.rank@a.0", "separable.replace@a.0"}
+    both = {knob.name: knob.last() for method in space.methods for knob in method.deciding}
+    proposer = Proposer(found, Aim(("quality", "latency"), None))
+    rows = proposer._fresh(np.ones((1, len(both)), dtype=np.intp), np.random.default_rng(0), 1.0, np.ones((1, 1)) > 0)
+    rows.pick = np.array(
+        [[choices.index(both[n]) for n, choices in zip(proposer.tables.names, proposer.tables.choices, strict=True)]]
+    )
+    rows.pick = proposer._named(rows)
+    assert proposer.reader.parse(found.asked({**both, "deploy.runtime": "one"})).pick == tuple(rows.pick[0])
+
+
+def test_predicted_shares_are_those_of_the_factored_model(tmp_path: Path) -> None:
+    """What the tables say of weights is exact as long as nothing is pruned before."""
+    shares = {"rank": {"choices": [1.0, 0.25], "granularity": "layer"}, "align": {"choices": [8]}}
+    model, _, found = make("residual", {"lowrank": shares}, tmp_path, {"lowrank": LowRank()})
+    assert found is not None
+    tables = Tables(found)
+    pick = np.ones((1, len(tables.names)), dtype=np.intp)
+    left = np.exp(tables.log_shares(pick, np.zeros(1, dtype=np.intp)))[0]
+    step = Step("lowrank", {name.split("@")[1]: {"rank": 0.25} for name in tables.names}, {"align": 8})
+    LowRank().apply(model, step, make_context(model), 0)
+    for layer, share in zip(found.layers, left, strict=True):
+        parts = model.get_submodule(layer.name).modules()
+        weights = sum(part.get_parameter("weight").numel() for part in parts if type(part) in KINDS)
+        assert weights == pytest.approx(share * int(np.prod(layer.weight_shape)))
 
 
 def test_a_range_is_predicted_at_some_of_its_values(tmp_path: Path) -> None:

@@ -80,6 +80,27 @@ def test_knobs_that_are_not_free_stay() -> None:
     assert found[0, 3] == 1
 
 
+def test_a_knob_that_another_one_hides_stays_off() -> None:
+    guide = chain(4, 2)
+    other: dict[str, dict[Scalar, Effect]] = {
+        f"other@l{i}": {False: Effect(0.0), True: Effect(0.01, inputs={f"l{i}": 0.1})} for i in range(4)
+    }
+    effects = {**guide.variants[0].effects, **other}
+    guide = replace(guide, variants=(Variant({}, effects),), hidden_by={f"other@l{i}": [f"prune@l{i}"] for i in (0, 1)})
+    tables = Tables(guide)
+    place = {name: k for k, name in enumerate(tables.names)}
+    start, variant = tables.off[None], np.zeros(1, dtype=np.intp)
+    free = np.ones_like(start, dtype=bool)
+    found = tables.solve(start, variant, free, tables.loss[variant], rates(2, 1, 200.0))
+    assert [found[0, place[f"prune@l{i}"]] for i in range(4)] == [1, 1, 1, 1]
+    assert [found[0, place[f"other@l{i}"]] for i in range(4)] == [0, 0, 1, 1]
+    free[0, place["prune@l0"]] = False
+    found = tables.solve(start, variant, free, tables.loss[variant], rates(2, 1, 200.0))
+    assert found[0, place["other@l0"]] == 1
+    assert tables.hidden(found, place["other@l1"]).tolist() == [True]
+    assert tables.hidden(found, place["other@l0"]).tolist() == [False]
+
+
 def test_features_are_shares_of_the_whole_model() -> None:
     guide = chain(3, 1)
     tables = Tables(guide)

@@ -251,6 +251,45 @@ def test_of_a_module_that_is_out_nothing_is_asked_and_it_goes_first_of_its_stage
     assert "body.0.a" in kept.steps[1].per_layer
 
 
+def with_replacers() -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "separable": Fake("separable", Stage.REPLACE, ("replace", False)),
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+        "lowrank": Fake("lowrank", Stage.REPLACE, ("rank", 1.0)),
+        "prune": Fake("prune", Stage.STRUCTURE, ("sparsity", 0.0)),
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+    }
+    entries = {
+        "lowrank": {"rank": {"choices": [1.0, 0.5], "granularity": "block"}},
+        "separable": {"replace": {"choices": [False, True], "granularity": "layer"}},
+        **SPACES,
+    }
+    own = {name: (name,) for name in ("stem", "body.0.a", "body.0.b")}
+    groups: dict[str, Any] = {**GROUPS, "lowrank": own, "separable": own}
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(entries, compressors, groups, LAYERS, runtimes)
+
+
+def test_a_layer_that_was_replaced_is_not_replaced_again_but_gets_its_bits() -> None:
+    found = with_replacers()
+    assert [m.name for m in found.methods] == ["prune", "separable", "lowrank", "distill", "quantize"]
+    answers: dict[str, Scalar] = {f"prune.sparsity@{name}": 0.0 for name in ("stem", "body.0.a")}
+    answers |= {"separable.replace@stem": True, "separable.replace@body.0.a": True, "separable.replace@body.0.b": False}
+    answers |= {"lowrank.rank@body.0": 0.5, "distill.epochs": 0}
+    answers |= {f"quantize.bits@{layer.name}": 8 for layer in LAYERS}
+    # FixedTrial raises for lowrank.rank@stem if it is asked.
+    plan = found.sample(FixedTrial(answers))
+    assert [step.method for step in plan.steps] == ["separable", "lowrank", "quantize"]
+    assert plan.steps[1].per_layer == {"body.0.b": {"rank": 0.5}}
+    assert list(plan.steps[2].per_layer) == [layer.name for layer in LAYERS]
+
+
+def test_recovery_comes_with_whatever_replaces_layers() -> None:
+    plans = [with_replacers().sample(FixedTrial(answers)) for answers in with_replacers().uniform()]
+    methods = {tuple(step.method for step in plan.steps) for plan in plans}
+    assert methods == {("quantize",), ("lowrank", "distill"), ("separable", "distill"), ("prune", "distill")}
+
+
 def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
     assert [m.name for m in with_remover(()).methods] == ["prune", "quantize"]
     nothing: dict[str, Any] = {"depth": Remover("depth", Stage.STRUCTURE, ("skip", False))}
