@@ -1,6 +1,6 @@
 """The diagonal Fisher information of a model: how much its loss would mind a change of its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,11 +16,13 @@ class Fisher:
     """What single-example gradients of the log likelihood said.
 
     `squares` has the mean squared gradient of every weight; `gates` has, per parameter, `(examples, out)`: the gradient
-    with respect to a factor on each of its output channels.
+    with respect to a factor on each of its output channels. `slopes` has the mean gradient of the task's own loss for
+    every weight, and nothing where there are no labels: over drawn targets it would be noise around zero.
     """
 
     squares: Mapping[str, Tensor]
     gates: Mapping[str, Tensor]
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rounding(self, name: str, change: Tensor) -> float:
         """Predicted rise of the loss when independent errors `change` are added to a parameter."""
@@ -32,8 +34,12 @@ class Fisher:
         The i-th channels of all parts act as one factor (Theis 2018, arXiv 1801.05787), so their errors do not average
         out as those of rounding do.
         """
+        return float(self.removals(parts).sum())
+
+    def removals(self, parts: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        """The same, channel by channel."""
         gate = sum((self.gates[name][:, list(channels)] for name, channels in parts), torch.zeros(1))
-        return 0.5 * float(gate.square().mean(0).sum())
+        return 0.5 * gate.square().mean(0)
 
     def removal_of_all(self, names: Sequence[str]) -> float:
         """Predicted rise of the loss when all output channels of these parameters go to zero at once, as one factor."""
@@ -70,59 +76,78 @@ class Sensitive(Protocol):
         """One effect per question, on the uncompressed model; its loss is infinite where `apply` would refuse."""
 
 
-def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0) -> Fisher:
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def diagonal_fisher(
+    model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0, loss: Loss | None = None
+) -> Fisher:
     """One pass over `examples` examples; targets are drawn from the model's own prediction, so labels are not needed.
 
     Outputs `(n, classes)` are taken for logits, all others for the means of normal distributions. Drawn targets,
     unlike the true ones, give the Fisher information itself (Kunstner 2019, arXiv 1905.12558); one example at a time,
-    because the square of a mean is not the mean of squares.
+    because the square of a mean is not the mean of squares. Where there are labels and a `loss` of `(output, target)`,
+    a second pass gives the slopes.
     """
     was = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     gates: dict[str, list[Tensor]] = {name: [] for name in squares}
-    count = 0
-    for inputs in _single(batches, examples):
-        for name, parameter, gradient in _gradients(model, inputs, generator):
+    shown = list(_single(batches, examples))
+    for inputs, _ in shown:
+        for name, parameter, gradient in _gradients(model, _likelihood(model(*inputs), generator)):
             squares[name] += gradient.square()
             gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
-        count += 1
+    slopes = _slopes(model, shown, loss)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(was[name])
-    _share(model, squares, gates)
+    _share(model, squares, gates, slopes)
     return Fisher(
-        {name: total / count for name, total in squares.items()}, {n: torch.stack(rows) for n, rows in gates.items()}
+        {name: total / len(shown) for name, total in squares.items()},
+        {name: torch.stack(rows) for name, rows in gates.items()},
+        slopes,
     )
+
+
+def _slopes(model: nn.Module, shown: Sequence[Batch], loss: Loss | None) -> dict[str, Tensor]:
+    """The mean gradient of the loss; empty without a loss, or without labels."""
+    slopes: dict[str, Tensor] = {}
+    for inputs, target in shown:
+        if loss is None or target is None:
+            return {}
+        for name, _, gradient in _gradients(model, loss(model(*inputs), target)):
+            slopes[name] = slopes.get(name, 0) + gradient / len(shown)
+    return slopes
 
 
 def _share(model: nn.Module, *tables: dict[str, Any]) -> None:
     """Every name of a tied parameter stands for the same."""
     first = {id(p): name for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for table in tables:
+        for table in filter(None, tables):
             table[name] = table[first[id(parameter)]]
 
 
-def _single(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Tensor, ...]]:
-    for inputs, _ in batches:
+def _single(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    for inputs, target in batches:
         for i in range(len(inputs[0])):
             if examples == 0:
                 return
             examples -= 1
-            yield tuple(x[i : i + 1] for x in inputs)
+            yield tuple(x[i : i + 1] for x in inputs), None if target is None else target[i : i + 1]
 
 
-def _gradients(
-    model: nn.Module, inputs: tuple[Tensor, ...], generator: torch.Generator
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    output = model(*inputs)
+def _likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
+    """The negative log likelihood of a target that is drawn from the output."""
     if output.dim() == 2 and output.shape[1] > 1:
         target = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(output, target)
-    else:
-        noise = torch.randn(output.shape, generator=generator)
-        loss = 0.5 * (output - (output.detach() + noise)).square().sum()
+        return nn.functional.cross_entropy(output, target)
+    noise = torch.randn(output.shape, generator=generator)
+    return 0.5 * (output - (output.detach() + noise)).square().sum()
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     named = [(name, p) for name, p in model.named_parameters()]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     for (name, parameter), gradient in zip(named, gradients, strict=True):

@@ -21,11 +21,12 @@ Achieved = Mapping[str, Settings]
 
 
 class Stage(IntEnum):
-    """The order in which methods run: change the graph, recover what was lost, then change the numbers."""
+    """The order in which methods run: change the graph, hold weights, recover what was lost, change the numbers."""
 
     STRUCTURE = 0
-    RECOVER = 1
-    NUMERIC = 2
+    MASK = 1
+    RECOVER = 2
+    NUMERIC = 3
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,14 @@ class Removing(Compressor, Protocol):
         """The names of the modules that are out, with all that was in them: no plan asks anything else of these."""
 
 
+@runtime_checkable
+class Holding(Compressor, Protocol):
+    """A method of an earlier stage than RECOVER that holds weights while the model trains, and lets go afterwards."""
+
+    def release(self, model: nn.Module) -> None:
+        """Give the weights for good what they were held to: they are plain parameters again."""
+
+
 @dataclass(frozen=True)
 class FloatModel:
     """A model in eval mode before its numbers are touched, and what each method so far achieved."""
@@ -197,8 +206,7 @@ def compress(
 
 def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
     """The prefix that an artifact of this plan has."""
-    steps = [*_of_stage(plan, compressors, Stage.STRUCTURE), *_of_stage(plan, compressors, Stage.RECOVER)]
-    return prefix_digest(steps, plan.seed)
+    return prefix_digest(_of_stage(plan, compressors, *CHANGES, Stage.RECOVER), plan.seed)
 
 
 def prefix_digest(steps: Sequence[Step], seed: int) -> str:
@@ -207,10 +215,12 @@ def prefix_digest(steps: Sequence[Step], seed: int) -> str:
 
 
 ORIGINAL = "original"
+CHANGES = (Stage.STRUCTURE, Stage.MASK)
+"""What is done to a model before it trains; it is quick, and done anew where only the trained weights are stored."""
 
 
-def _of_stage(plan: CompressionPlan, compressors: Mapping[str, Compressor], stage: Stage) -> list[Step]:
-    return [step for step in plan.steps if compressors[step.method].stage == stage]
+def _of_stage(plan: CompressionPlan, compressors: Mapping[str, Compressor], *stages: Stage) -> list[Step]:
+    return [step for stage in stages for step in plan.steps if compressors[step.method].stage == stage]
 
 
 @dataclass(frozen=True)
@@ -232,14 +242,14 @@ class _Run:
         self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
 
-    def of_stage(self, stage: Stage) -> list[Step]:
-        return _of_stage(self.plan, self.compressors, stage)
+    def of_stage(self, *stages: Stage) -> list[Step]:
+        return _of_stage(self.plan, self.compressors, *stages)
 
     def float_model(self, original: nn.Module) -> FloatModel:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
-        structure, recovery = self.of_stage(Stage.STRUCTURE), self.of_stage(Stage.RECOVER)
+        structure, recovery = self.of_stage(*CHANGES), self.of_stage(Stage.RECOVER)
         model, achieved = self._cut(original, structure, ())
         way = list(self._way(structure, recovery))
         passed, recovered = self._furthest(way, model)
@@ -247,6 +257,7 @@ class _Run:
         if between and not passed:
             model, achieved = self._cut(original, structure, between)
         achieved.update(self._train(model, way[passed:], recovered, self.context.between_rounds))
+        self._release(model, structure)
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
@@ -270,6 +281,11 @@ class _Run:
         growing = [m for m in (self.compressors[step.method] for step in recovery) if isinstance(m, Growing)]
         step = growing[0].between() if growing and any(map(self._removes, structure[:-1])) else None
         return (step,) if step else ()
+
+    def _release(self, model: nn.Module, structure: Sequence[Step]) -> None:
+        for method in (self.compressors[step.method] for step in structure):
+            if isinstance(method, Holding):
+                method.release(model)
 
     def _removes(self, step: Step) -> bool:
         return isinstance(self.compressors[step.method], Removing)

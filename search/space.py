@@ -129,7 +129,7 @@ class SearchSpace:
             step = method.step(pick, gone)
             if step is not None:
                 steps.append(step)
-                structural |= method.stage is Stage.STRUCTURE
+                structural |= method.stage < Stage.RECOVER
                 gone |= set(step.per_layer) if method.removes else set()
         return CompressionPlan(self._target(pick), tuple(steps), self.seed)
 
