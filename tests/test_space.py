@@ -251,6 +251,22 @@ def test_of_a_module_that_is_out_nothing_is_asked_and_it_goes_first_of_its_stage
     assert "body.0.a" in kept.steps[1].per_layer
 
 
+def test_what_is_masked_is_recovered_too() -> None:
+    compressors: dict[str, Any] = {
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+        "mask": Fake("mask", Stage.MASK, ("sparsity", 0.0)),
+    }
+    entries = {
+        "distill": {"when": "structure", "epochs": {"choices": [0, 4]}},
+        "mask": {"sparsity": {"choices": [0.0, 0.5]}},
+    }
+    groups: dict[str, Any] = {"distill": {}, "mask": {}}
+    found = build_space(entries, compressors, groups, LAYERS, {"one": FakeRuntime("one", ("fp32",))})
+    plan = found.sample(FixedTrial({"mask.sparsity": 0.5, "distill.epochs": 4}))
+    assert [step.method for step in plan.steps] == ["mask", "distill"]
+    assert not found.sample(FixedTrial({"mask.sparsity": 0.0})).steps
+
+
 def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
     assert [m.name for m in with_remover(()).methods] == ["prune", "quantize"]
     nothing: dict[str, Any] = {"depth": Remover("depth", Stage.STRUCTURE, ("skip", False))}
