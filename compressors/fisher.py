@@ -1,7 +1,9 @@
 """The diagonal Fisher information of a model: how much its loss would mind a change of its weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,13 +18,18 @@ class Fisher:
     """What single-example gradients of the log likelihood said.
 
     `squares` has the mean squared gradient of every weight; `gates` has, per parameter, `(examples, out)`: the gradient
-    with respect to a factor on each of its output channels. `slopes` has the mean gradient of the task's own loss for
-    every weight, and nothing where there are no labels: over drawn targets it would be noise around zero.
+    with respect to a factor on each of its output channels.
     """
 
     squares: Mapping[str, Tensor]
     gates: Mapping[str, Tensor]
-    slopes: Mapping[str, Tensor] = field(default_factory=dict)
+    find_slopes: Callable[[], Mapping[str, Tensor]] = dict
+    """Called when slopes are first asked for; until then the model must stay as it is."""
+
+    @cached_property
+    def slopes(self) -> Mapping[str, Tensor]:
+        """Mean gradient of the task's own loss; empty without labels: over drawn targets it is noise around zero."""
+        return self.find_slopes()
 
     def rounding(self, name: str, change: Tensor) -> float:
         """Predicted rise of the loss when independent errors `change` are added to a parameter."""
@@ -87,45 +94,54 @@ def diagonal_fisher(
     Outputs `(n, classes)` are taken for logits, all others for the means of normal distributions. Drawn targets,
     unlike the true ones, give the Fisher information itself (Kunstner 2019, arXiv 1905.12558); one example at a time,
     because the square of a mean is not the mean of squares. Where there are labels and a `loss` of `(output, target)`,
-    a second pass gives the slopes.
+    there are slopes too, for another pass.
     """
-    was = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     gates: dict[str, list[Tensor]] = {name: [] for name in squares}
     shown = list(_single(batches, examples))
-    for inputs, _ in shown:
-        for name, parameter, gradient in _gradients(model, _likelihood(model(*inputs), generator)):
-            squares[name] += gradient.square()
-            gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
-    slopes = _slopes(model, shown, loss)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(was[name])
-    _share(model, squares, gates, slopes)
+    with _learning(model):
+        for inputs, _ in shown:
+            for name, parameter, gradient in _gradients(model, _likelihood(model(*inputs), generator)):
+                squares[name] += gradient.square()
+                gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
+    _share(model, squares, gates)
     return Fisher(
         {name: total / len(shown) for name, total in squares.items()},
         {name: torch.stack(rows) for name, rows in gates.items()},
-        slopes,
+        partial(_slopes, model, shown, loss),
     )
 
 
 def _slopes(model: nn.Module, shown: Sequence[Batch], loss: Loss | None) -> dict[str, Tensor]:
-    """The mean gradient of the loss; empty without a loss, or without labels."""
-    slopes: dict[str, Tensor] = {}
-    for inputs, target in shown:
-        if loss is None or target is None:
-            return {}
-        for name, _, gradient in _gradients(model, loss(model(*inputs), target)):
-            slopes[name] = slopes.get(name, 0) + gradient / len(shown)
+    slopes = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with _learning(model):
+        for inputs, target in shown:
+            if loss is None or target is None:
+                return {}
+            for name, _, gradient in _gradients(model, loss(model(*inputs), target)):
+                slopes[name] += gradient / len(shown)
+    _share(model, slopes)
     return slopes
+
+
+@contextmanager
+def _learning(model: nn.Module) -> Iterator[None]:
+    """Every parameter has a gradient inside."""
+    was = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was[name])
 
 
 def _share(model: nn.Module, *tables: dict[str, Any]) -> None:
     """Every name of a tied parameter stands for the same."""
     first = {id(p): name for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for table in filter(None, tables):
+        for table in tables:
             table[name] = table[first[id(parameter)]]
 
 

@@ -70,7 +70,7 @@ class Sparsify:
             held = cast(parametrize.ParametrizationList, module.get_submodule("parametrizations.weight"))
             masks = [mask for mask in held if isinstance(mask, Mask)]
             for mask in masks:
-                mask.finish(cast(Tensor, held.original))
+                mask.finish(held.original)
             if masks:
                 parametrize.remove_parametrizations(module, "weight")
 
@@ -130,7 +130,7 @@ def strongest(scores: Tensor, sparsity: float, group: int) -> Tensor:
     inputs_last = scores.movedim(1, -1)
     count = inputs_last.shape[-1] // group
     kept = torch.ones_like(inputs_last, dtype=torch.bool)
-    groups = inputs_last[..., : count * group].unflatten(-1, (count, group))
+    groups = inputs_last[..., : count * group].reshape(*inputs_last.shape[:-1], count, group)
     kept[..., : count * group] = _strongest(groups, sparsity).flatten(-2)
     return kept.movedim(-1, 1).contiguous()
 

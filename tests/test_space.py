@@ -256,12 +256,13 @@ def test_what_is_masked_is_recovered_too() -> None:
         "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
         "mask": Fake("mask", Stage.MASK, ("sparsity", 0.0)),
     }
-    entries = {
+    entries: dict[str, Any] = {
         "distill": {"when": "structure", "epochs": {"choices": [0, 4]}},
         "mask": {"sparsity": {"choices": [0.0, 0.5]}},
     }
     groups: dict[str, Any] = {"distill": {}, "mask": {}}
-    found = build_space(entries, compressors, groups, LAYERS, {"one": FakeRuntime("one", ("fp32",))})
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    found = build_space(entries, compressors, groups, LAYERS, runtimes)
     plan = found.sample(FixedTrial({"mask.sparsity": 0.5, "distill.epochs": 4}))
     assert [step.method for step in plan.steps] == ["mask", "distill"]
     assert not found.sample(FixedTrial({"mask.sparsity": 0.0})).steps
