@@ -190,13 +190,15 @@ def test_the_uncompressed_model_decides_on_the_shape_of_a_global_cut() -> None:
 @pytest.mark.parametrize("net", ["plain", "residual", "depthwise"])
 def test_effects_are_of_the_channels_that_go(net: str, criterion: str, allocation: str) -> None:
     model, context = build(net), make_context(build(net))
-    shared = {"criterion": criterion, "allocation": allocation}
+    asked: list[dict[str, Scalar]] = [
+        {"sparsity": share, "criterion": criterion, "allocation": allocation} for share in (0.0, 0.5)
+    ]
     owners = list(Prune().groups(model, context.example))
     fisher = diagonal_fisher(model, context.calibration(), loss=context.loss)
-    questions: list[Question] = [(owner, {"sparsity": share, **shared}) for share in (0.0, 0.5) for owner in owners]
+    questions: list[Question] = [(owner, together) for together in asked for owner in owners]
     found = Prune().effects(model, context.example, questions, fisher)
     cut = copy.deepcopy(model)
-    achieved = prune(cut, 0.5, context=context, **shared)
+    achieved = prune(cut, 0.5, context=context, criterion=criterion, allocation=allocation)
     for owner, whole, half in zip(owners, found, found[len(owners) :], strict=False):
         assert whole.loss == 0
         assert set(whole.outputs.values()) == {1.0}
