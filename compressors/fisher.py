@@ -1,7 +1,9 @@
 """The diagonal Fisher information of a model: how much its loss would mind a change of its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +23,13 @@ class Fisher:
 
     squares: Mapping[str, Tensor]
     gates: Mapping[str, Tensor]
+    find_slopes: Callable[[], Mapping[str, Tensor]] = dict
+    """Called when slopes are first asked for; until then the model must stay as it is."""
+
+    @cached_property
+    def slopes(self) -> Mapping[str, Tensor]:
+        """Mean gradient of the task's own loss; empty without labels: over drawn targets it is noise around zero."""
+        return self.find_slopes()
 
     def rounding(self, name: str, change: Tensor) -> float:
         """Predicted rise of the loss when independent errors `change` are added to a parameter."""
@@ -42,8 +51,12 @@ class Fisher:
         The i-th channels of all parts act as one factor (Theis 2018, arXiv 1801.05787), so their errors do not average
         out as those of rounding do.
         """
+        return float(self.removals(parts).sum())
+
+    def removals(self, parts: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        """The same, channel by channel."""
         gate = sum((self.gates[name][:, list(channels)] for name, channels in parts), torch.zeros(1))
-        return 0.5 * float(gate.square().mean(0).sum())
+        return 0.5 * gate.square().mean(0)
 
     def removal_of_all(self, names: Sequence[str]) -> float:
         """Predicted rise of the loss when all output channels of these parameters go to zero at once, as one factor."""
@@ -80,30 +93,58 @@ class Sensitive(Protocol):
         """One effect per question, on the uncompressed model; its loss is infinite where `apply` would refuse."""
 
 
-def diagonal_fisher(model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0) -> Fisher:
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def diagonal_fisher(
+    model: nn.Module, batches: Iterable[Batch], examples: int = 32, seed: int = 0, loss: Loss | None = None
+) -> Fisher:
     """One pass over `examples` examples; targets are drawn from the model's own prediction, so labels are not needed.
 
     Outputs `(n, classes)` are taken for logits, all others for the means of normal distributions. Drawn targets,
     unlike the true ones, give the Fisher information itself (Kunstner 2019, arXiv 1905.12558); one example at a time,
-    because the square of a mean is not the mean of squares.
+    because the square of a mean is not the mean of squares. Where there are labels and a `loss` of `(output, target)`,
+    there are slopes too, for another pass.
     """
-    was = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     gates: dict[str, list[Tensor]] = {name: [] for name in squares}
-    count = 0
-    for inputs in _single(batches, examples):
-        for name, parameter, gradient in _gradients(model, inputs, generator):
-            squares[name] += gradient.square()
-            gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
-        count += 1
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(was[name])
+    shown = list(_single(batches, examples))
+    with _learning(model):
+        for inputs, _ in shown:
+            for name, parameter, gradient in _gradients(model, _likelihood(model(*inputs), generator)):
+                squares[name] += gradient.square()
+                gates[name].append((gradient * parameter.detach()).reshape(*parameter.shape[:1], -1).sum(-1))
     _share(model, squares, gates)
     return Fisher(
-        {name: total / count for name, total in squares.items()}, {n: torch.stack(rows) for n, rows in gates.items()}
+        {name: total / len(shown) for name, total in squares.items()},
+        {name: torch.stack(rows) for name, rows in gates.items()},
+        partial(_slopes, model, shown, loss),
     )
+
+
+def _slopes(model: nn.Module, shown: Sequence[Batch], loss: Loss | None) -> dict[str, Tensor]:
+    slopes = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with _learning(model):
+        for inputs, target in shown:
+            if loss is None or target is None:
+                return {}
+            for name, _, gradient in _gradients(model, loss(model(*inputs), target)):
+                slopes[name] += gradient / len(shown)
+    _share(model, slopes)
+    return slopes
+
+
+@contextmanager
+def _learning(model: nn.Module) -> Iterator[None]:
+    """Every parameter has a gradient inside."""
+    was = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was[name])
 
 
 def _share(model: nn.Module, *tables: dict[str, Any]) -> None:
@@ -114,25 +155,25 @@ def _share(model: nn.Module, *tables: dict[str, Any]) -> None:
             table[name] = table[first[id(parameter)]]
 
 
-def _single(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Tensor, ...]]:
-    for inputs, _ in batches:
+def _single(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    for inputs, target in batches:
         for i in range(len(inputs[0])):
             if examples == 0:
                 return
             examples -= 1
-            yield tuple(x[i : i + 1] for x in inputs)
+            yield tuple(x[i : i + 1] for x in inputs), None if target is None else target[i : i + 1]
 
 
-def _gradients(
-    model: nn.Module, inputs: tuple[Tensor, ...], generator: torch.Generator
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    output = model(*inputs)
+def _likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
+    """The negative log likelihood of a target that is drawn from the output."""
     if output.dim() == 2 and output.shape[1] > 1:
         target = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(output, target)
-    else:
-        noise = torch.randn(output.shape, generator=generator)
-        loss = 0.5 * (output - (output.detach() + noise)).square().sum()
+        return nn.functional.cross_entropy(output, target)
+    noise = torch.randn(output.shape, generator=generator)
+    return 0.5 * (output - (output.detach() + noise)).square().sum()
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     named = [(name, p) for name, p in model.named_parameters()]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     for (name, parameter), gradient in zip(named, gradients, strict=True):

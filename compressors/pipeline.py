@@ -21,19 +21,20 @@ Achieved = Mapping[str, Settings]
 
 
 class Stage(IntEnum):
-    """The order in which methods run: take parts out, put other layers in the place of some, recover, change numbers.
+    """The order in which methods run: take parts out, replace layers, hold weights, recover, change the numbers.
 
     What takes parts out goes by the layers of the uncompressed model, and so comes before what replaces them.
     """
 
     STRUCTURE = 0
     REPLACE = 1
-    RECOVER = 2
-    NUMERIC = 3
+    MASK = 2
+    RECOVER = 3
+    NUMERIC = 4
 
 
-SHAPING = (Stage.STRUCTURE, Stage.REPLACE)
-"""The stages that change the graph."""
+CHANGES = (Stage.STRUCTURE, Stage.REPLACE, Stage.MASK)
+"""What is done to a model before it trains; it is quick, and done anew where only the trained weights are stored."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,14 @@ class Removing(Compressor, Protocol):
         """The names of the modules that are out, with all that was in them: no plan asks anything else of these."""
 
 
+@runtime_checkable
+class Holding(Compressor, Protocol):
+    """A method of an earlier stage than RECOVER that holds weights while the model trains, and lets go afterwards."""
+
+    def release(self, model: nn.Module) -> None:
+        """Give the weights for good what they were held to: they are plain parameters again."""
+
+
 @dataclass(frozen=True)
 class FloatModel:
     """A model in eval mode before its numbers are touched, and what each method so far achieved."""
@@ -205,8 +214,7 @@ def compress(
 
 def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
     """The prefix that an artifact of this plan has."""
-    steps = _of_stages(plan, compressors, *SHAPING, Stage.RECOVER)
-    return prefix_digest(steps, plan.seed)
+    return prefix_digest(_of_stages(plan, compressors, *CHANGES, Stage.RECOVER), plan.seed)
 
 
 def prefix_digest(steps: Sequence[Step], seed: int) -> str:
@@ -247,7 +255,7 @@ class _Run:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
-        structure, recovery = self.of_stages(*SHAPING), self.of_stages(Stage.RECOVER)
+        structure, recovery = self.of_stages(*CHANGES), self.of_stages(Stage.RECOVER)
         model, achieved = self._cut(original, structure, ())
         way = list(self._way(structure, recovery))
         passed, recovered = self._furthest(way, model)
@@ -255,6 +263,7 @@ class _Run:
         if between and not passed:
             model, achieved = self._cut(original, structure, between)
         achieved.update(self._train(model, way[passed:], recovered, self.context.between_rounds))
+        self._release(model, structure)
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
@@ -278,6 +287,11 @@ class _Run:
         growing = [m for m in (self.compressors[step.method] for step in recovery) if isinstance(m, Growing)]
         step = growing[0].between() if growing and any(map(self._removes, structure[:-1])) else None
         return (step,) if step else ()
+
+    def _release(self, model: nn.Module, structure: Sequence[Step]) -> None:
+        for method in (self.compressors[step.method] for step in structure):
+            if isinstance(method, Holding):
+                method.release(model)
 
     def _removes(self, step: Step) -> bool:
         return isinstance(self.compressors[step.method], Removing)

@@ -1,33 +1,44 @@
 """Removes whole channels from tied groups of layers; it neither chooses how many nor recovers what they knew."""
 
-import copy
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from compressors.channels import Cut, Group, harmless, removable, remove_channels, trace
 from compressors.errors import Infeasible
-from compressors.fisher import Effect, Fisher, Question
-from compressors.layers import KINDS, read_layers
+from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
-from compressors.plan import Scalar, Settings, Step
+from compressors.plan import Scalar, Settings, Step, digest
 
-Remove = Callable[[nn.Module, list[int]], nn.Module]
+CRITERIA = ("l2", "l1", "bn_scale", "taylor", "fisher", "random")
+ON_DATA = ("taylor", "fisher")
+ON_ONE_SCALE = ("bn_scale", *ON_DATA)
+"""Scores of these mean the same in every group; of the others, only what they are relative to their group's mean."""
+ALLOCATIONS = ("per_group", "global")
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Structured magnitude pruning (Li 2017, arXiv 1608.08710) of DepGraph's groups (Fang 2023, arXiv 2301.12900).
+    """Structured pruning (Li 2017, arXiv 1608.08710) of DepGraph's groups (Fang 2023, arXiv 2301.12900).
 
-    The channels whose weights, over all layers of the group, have the smallest L2 norm go first. Unlike in DepGraph, a
-    group is offered only after a trial has shown that its channels can go without changing anything else: widths under
-    a layer or group norm, attention heads, tied weights and grouped convolutions stay whole. It does not help where
-    the runtime pads narrow layers to full vectors: keep `align` at the width of its kernels.
+    Unlike in DepGraph, a group is offered only after a trial has shown that its channels can go without changing
+    anything else: widths under a layer or group norm, attention heads, tied weights and grouped convolutions stay
+    whole. It does not help where the runtime pads narrow layers to full vectors: keep `align` at the width of its
+    kernels.
+
+    Which channels go first, `criterion` says: those whose weights, over all layers of the group, have the smallest L2
+    norm (`l2`) or L1 norm (`l1`); whose batch norms scale them least (`bn_scale`, network slimming, Liu 2017, arXiv
+    1708.06519, though without its penalty in training); whose removal changes the loss least, to first order
+    (`taylor`, Molchanov 2019, arXiv 1906.10771) or by the Fisher information (`fisher`, Theis 2018, arXiv 1801.05787),
+    both on 32 calibration examples; or any (`random`), which shows what a criterion is worth. Without labels `taylor`
+    is its own expectation over the model's answers, which is `fisher`.
+
+    With the `allocation` global, the groups that a plan names lose together as many channels as their shares come to,
+    but the weakest of all, wherever they are: with 0.5 for the whole model, those below its median.
     """
 
     method: ClassVar[str] = "prune"
@@ -36,30 +47,43 @@ class Prune:
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """Owner -> the layers whose output channels are removed together; the first one called is the owner."""
-        found = sorted(_trace(model, example), key=lambda group: group.position)
-        return {group.owner: group.members for group in _removable(found, model, example)}
+        found = sorted(trace(model, example), key=lambda group: group.position)
+        return {group.owner: group.members for group in removable(found, model, example)}
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
-        """`sparsity` per group is the share of channels to remove, `align` the multiple that widths are rounded to."""
-        align = _align(step.shared)
-        known = {group.owner: group for group in _trace(model, context.example)}
-        kept: dict[str, int] = {}
-        cuts: list[_Cut] = []
-        for owner, settings in step.per_layer.items():
-            sparsity = _sparsity(owner, settings)
-            group = _known(known, owner)
-            kept[owner] = kept_channels(group.width, sparsity, align)
-            cuts.append((group, frozenset(group.weakest[: group.width - kept[owner]])))
+        """`sparsity` per group is the share of channels to remove, `align` the multiple that widths are rounded to.
+
+        `criterion` is one of `CRITERIA`, `allocation` one of `ALLOCATIONS`; without them, the first.
+        """
+        ask = _Ask.read(step.shared)
+        shares = {owner: _sparsity(owner, settings) for owner, settings in step.per_layer.items()}
+        groups = _named(trace(model, context.example), shares)
+        asked = {owner: share for owner, share in shares.items() if share > 0}
+        scores = deciding = _judged(model, {owner: groups[owner] for owner in asked}, ask, context, seed)
+        if ask.allocation == "global":
+            # By the uncompressed model: training between two cuts must not change the shape that a plan stands for.
+            whole = _named(trace(context.teacher, context.example), asked)
+            deciding = _judged(context.teacher, whole, ask, context, seed)
+        kept = {owner: group.width for owner, group in groups.items()} | _kept(ask, asked, deciding)
+        cuts = [(groups[owner], _weakest(scores[owner], kept[owner])) for owner in asked]
         _check([cut for cut in cuts if cut[1]], model, context.example)
-        _remove(model, cuts)
-        return Applied({o: {"sparsity": 1 - n / known[o].width, "channels": n} for o, n in kept.items()})
+        remove_channels(model, cuts)
+        return Applied({o: {"sparsity": 1 - n / groups[o].width, "channels": n} for o, n in kept.items()})
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
     ) -> list[Effect]:
-        """What the removed channels were worth, without recovery; and how far every layer around them shrinks."""
-        known = {group.owner: group for group in _trace(model, example)}
-        return [_effect(_known(known, owner), owner, settings, fisher) for owner, settings in questions]
+        """What the removed channels were worth, without recovery; and how far every layer around them shrinks.
+
+        `random` is predicted for the seed 0, and the allocation `global` as it turns out when all groups that are asked
+        about have the same setting.
+        """
+        known = trace(model, example)
+        alike: dict[_Key, list[str]] = {}
+        for owner, settings in questions:
+            alike.setdefault(_key(settings), []).append(owner)
+        found = {key: _effects(model, _named(known, owners), dict(key), fisher) for key, owners in alike.items()}
+        return [found[_key(settings)][owner] for owner, settings in questions]
 
 
 def kept_channels(width: int, sparsity: float, align: int) -> int:
@@ -70,33 +94,47 @@ def kept_channels(width: int, sparsity: float, align: int) -> int:
     return min(width, align * max(1, multiples))
 
 
-def _effect(group: "_Group", owner: str, settings: Settings, fisher: Fisher) -> Effect:
-    kept = kept_channels(group.width, _sparsity(owner, settings), _align(settings))
-    removed = frozenset(group.weakest[: group.width - kept])
-    shrunk: dict[bool, dict[str, float]] = {True: {}, False: {}}
-    for edit in group.edits:
-        share = len(edit.channels(removed)) / edit.width
-        shrunk[edit.consumes][edit.layer] = shrunk[edit.consumes].get(edit.layer, 1.0) - share
-    return Effect(_gates(group, fisher, sorted(removed)), outputs=shrunk[False], inputs=shrunk[True])
+def weakest_of_all(scores: Mapping[str, Tensor], shares: Mapping[str, float]) -> dict[str, float]:
+    """What share each group loses when as many channels go as by `shares`, but the weakest ones, wherever they are.
+
+    `scores` `(width,)` must be comparable; of equal ones those of earlier groups go first.
+    """
+    widths = [len(scores[owner]) for owner in shares]
+    count = round(sum(share * width for share, width in zip(shares.values(), widths, strict=True)))
+    home = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+    order = torch.cat([scores[owner] for owner in shares]).argsort(stable=True)
+    lost = torch.bincount(home[order[:count]], minlength=len(widths)).tolist()
+    return {owner: n / width for owner, n, width in zip(shares, lost, widths, strict=True)}
 
 
-def _gates(group: "_Group", fisher: Fisher, removed: Sequence[int]) -> float:
-    """Where norms follow the layers, their scale and shift are the factor on the channel; else the weights are."""
-    producers = [edit for edit in group.edits if not edit.consumes]
-    norms = [edit for edit in producers if edit.layer not in group.members]
-    parts = []
-    for edit in norms or producers:
-        channels = dict(zip(edit.source, edit.index, strict=True))
-        names = (f"{edit.layer}.{name}" for name in ("weight", "bias"))
-        parts += [(name, [channels[c] for c in removed]) for name in names if name in fisher.gates]
-    return fisher.removal(parts)
+@dataclass(frozen=True)
+class _Ask:
+    """The settings that all groups share."""
+
+    align: int
+    criterion: str
+    allocation: str
+
+    @classmethod
+    def read(cls, shared: Settings) -> "_Ask":
+        align = shared.get("align", 1)
+        if not isinstance(align, int) or align < 1:
+            raise Infeasible(f"prune.align is {align}: expected a whole number of channels, 1 or more")
+        return cls(align, _one_of("criterion", CRITERIA, shared), _one_of("allocation", ALLOCATIONS, shared))
 
 
-def _align(shared: Settings) -> int:
-    align = shared.get("align", 1)
-    if not isinstance(align, int) or align < 1:
-        raise Infeasible(f"prune.align is {align}: expected a whole number of channels, 1 or more")
-    return align
+def _one_of(key: str, possible: Sequence[str], shared: Settings) -> str:
+    value = shared.get(key, possible[0])
+    if value not in possible:
+        raise Infeasible(f"prune.{key} is {value}: expected one of {', '.join(possible)}")
+    return str(value)
+
+
+_Key = tuple[tuple[str, Scalar], ...]
+
+
+def _key(settings: Settings) -> _Key:
+    return tuple(sorted(settings.items()))
 
 
 def _sparsity(owner: str, settings: Settings) -> float:
@@ -106,166 +144,91 @@ def _sparsity(owner: str, settings: Settings) -> float:
     return float(sparsity)
 
 
-@dataclass(frozen=True)
-class _Edit:
-    """What happens to one side of one layer: its channel `index[i]` goes when the owner's channel `source[i]` goes."""
-
-    layer: str
-    remove: Remove
-    consumes: bool
-    width: int
-    index: tuple[int, ...]
-    source: tuple[int, ...]
-
-    def channels(self, removed: Collection[int]) -> list[int]:
-        return [index for index, source in zip(self.index, self.source, strict=True) if source in removed]
+def _named(groups: Iterable[Group], owners: Iterable[str]) -> dict[str, Group]:
+    known = {group.owner: group for group in groups}
+    for owner in owners:
+        if owner not in known:
+            raise Infeasible(f"prune has no group {owner}: possible are {', '.join(known) or 'none'}")
+    return {owner: known[owner] for owner in owners}
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Channels that can only go together; `weakest` lists the owner's channels, least important first."""
-
-    members: tuple[str, ...]
-    position: int
-    width: int
-    weakest: tuple[int, ...]
-    edits: tuple[_Edit, ...]
-
-    @property
-    def owner(self) -> str:
-        return self.members[0]
+def _judged(model: nn.Module, groups: Mapping[str, Group], ask: _Ask, context: Context, seed: int) -> dict[str, Tensor]:
+    """The scores of each group's channels."""
+    fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if ask.criterion in ON_DATA else None
+    return {owner: _scores(model, group, ask.criterion, fisher, seed) for owner, group in groups.items()}
 
 
-_Cut = tuple[_Group, frozenset[int]]
-"""A group and the owner's channels that go."""
+def _scores(model: nn.Module, group: Group, criterion: str, fisher: Fisher | None, seed: int) -> Tensor:
+    """How much each channel matters `(width,)`; `fisher` is there for the criteria that need it."""
+    if criterion == "random":
+        return torch.rand(group.width, generator=torch.Generator().manual_seed(int(digest([seed, group.owner]), 16)))
+    if fisher is not None and criterion in ON_DATA:
+        parts = _factors(group, fisher, range(group.width))
+        first_order = criterion == "taylor" and fisher.slopes
+        return _first_order(model, fisher, parts) if first_order else fisher.removals(parts)
+    if criterion not in group.magnitudes:
+        raise Infeasible(f"prune.criterion is {criterion}: expected another one, {group.owner} has no batch norm")
+    return group.magnitudes[criterion]
 
 
-def _known(groups: Mapping[str, _Group], owner: str) -> _Group:
-    if owner not in groups:
-        raise Infeasible(f"prune has no group {owner}: possible are {', '.join(groups) or 'none'}")
-    return groups[owner]
+def _factors(group: Group, fisher: Fisher, channels: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Where norms follow the layers, their scale and shift are the factor on the channel; else the weights are."""
+    producers = [edit for edit in group.edits if not edit.consumes]
+    norms = [edit for edit in producers if edit.layer not in group.members]
+    parts = []
+    for edit in norms or producers:
+        index = dict(zip(edit.source, edit.index, strict=True))
+        names = (f"{edit.layer}.{name}" for name in ("weight", "bias"))
+        parts += [(name, [index[c] for c in channels]) for name in names if name in fisher.gates]
+    return parts
 
 
-def _check(cuts: Sequence[_Cut], model: nn.Module, example: tuple[Tensor, ...]) -> None:
-    if _harmless(cuts, model, example):
+def _first_order(model: nn.Module, fisher: Fisher, parts: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+    """The square of how much the loss changes, were it linear, when a channel goes."""
+    pulls = torch.zeros(1)
+    for name, channels in parts:
+        pull = fisher.slopes[name] * model.get_parameter(name).detach()
+        pulls = pulls + pull.reshape(len(pull), -1).sum(1)[list(channels)]
+    return pulls.square()
+
+
+def _kept(ask: _Ask, shares: Mapping[str, float], scores: Mapping[str, Tensor]) -> dict[str, int]:
+    if ask.allocation == "global" and shares:
+        tiny = torch.finfo(torch.float32).tiny
+        relative = {o: s if ask.criterion in ON_ONE_SCALE else s / s.mean().clamp_min(tiny) for o, s in scores.items()}
+        shares = weakest_of_all(relative, shares)
+    return {owner: kept_channels(len(scores[owner]), share, ask.align) for owner, share in shares.items()}
+
+
+def _weakest(scores: Tensor, kept: int) -> frozenset[int]:
+    return frozenset(scores.argsort(stable=True)[: len(scores) - kept].tolist())
+
+
+def _check(cuts: Sequence[Cut], model: nn.Module, example: tuple[Tensor, ...]) -> None:
+    if harmless(cuts, model, example):
         return
-    guilty = [cut for cut in cuts if not _harmless([cut], model, example)]
+    guilty = [cut for cut in cuts if not harmless([cut], model, example)]
     owners = ", ".join(group.owner for group, _ in guilty or cuts)
     raise Infeasible(f"prune.sparsity of {owners} must be 0: the model does not work with fewer channels there")
 
 
-def _trace(model: nn.Module, example: tuple[Tensor, ...]) -> list[_Group]:
-    """All groups of plain layers, including those that turn out to be tied to the model's output shape."""
-    order = {layer.name: position for position, layer in enumerate(read_layers(model, example))}
-    scratch = copy.deepcopy(model).eval().requires_grad_(True)
-    names = {module: name for name, module in scratch.named_modules()}
-    graph = _graph(scratch, example)
-    groups = [_read(group, graph, names, order) for group in graph.get_all_groups()] if graph else []
-    shared = _shared(scratch)
-    return [g for g in groups if g is not None and not shared.intersection(edit.layer for edit in g.edits)]
-
-
-def _graph(model: nn.Module, example: tuple[Tensor, ...]) -> Any | None:
-    """The dependency graph, or None where the tracer gives up on a model that runs: nothing can then be pruned."""
+def _effects(model: nn.Module, groups: Mapping[str, Group], settings: Settings, fisher: Fisher) -> dict[str, Effect]:
+    """What comes of it when all these groups have the same settings."""
+    ask, shares = _Ask.read(settings), {owner: _sparsity(owner, settings) for owner in groups}
+    if not any(shares.values()):
+        return {owner: _effect(group, frozenset(), fisher) for owner, group in groups.items()}
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            # It warns of shapes that it cannot infer; the trial of each group covers that.
-            warnings.simplefilter("ignore", UserWarning)
-            return tp.DependencyGraph().build_dependency(model, example, verbose=False)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None
+        scores = {owner: _scores(model, group, ask.criterion, fisher, 0) for owner, group in groups.items()}
+    except Infeasible:
+        return dict.fromkeys(groups, Effect(math.inf))
+    kept = _kept(ask, shares, scores)
+    return {owner: _effect(group, _weakest(scores[owner], kept[owner]), fisher) for owner, group in groups.items()}
 
 
-def _read(group: Any, graph: Any, names: Mapping[nn.Module, str], order: Mapping[str, int]) -> _Group | None:
-    """Our own record of a torch-pruning group, or None when it holds anything but plain layers of one width."""
-    edits = []
-    for item in group:
-        module, remove = item.dep.target.module, item.dep.handler
-        if isinstance(module, nn.Parameter) or (module in names and not _plain(module)):
-            return None
-        if module in names:
-            consumes = not graph.is_out_channel_pruning_fn(remove)
-            # An operation unknown to the tracer passes for one that keeps the width, and indices then point nowhere.
-            width = graph.get_in_channels(module) if consumes else graph.get_out_channels(module)
-            if max(item.idxs) >= width:
-                return None
-            edits.append(_Edit(names[module], remove, consumes, width, tuple(item.idxs), tuple(item.root_idxs)))
-    members = sorted({e.layer for e in edits if e.layer in order and not e.consumes}, key=order.__getitem__)
-    widths = {len(e.index) for e in edits if e.layer in members and not e.consumes}
-    if len(widths) != 1 or widths == {1}:
-        return None
-    scores: Tensor = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)(group)
-    weakest = tuple(torch.argsort(scores, stable=True).tolist())
-    return _Group(tuple(members), order[members[0]], widths.pop(), weakest, tuple(edits))
-
-
-def _plain(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
-        return module.groups == module.in_channels == module.out_channels
-    return type(module) in KINDS or isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """The modules that own a parameter together with another module."""
-    owned = [(name, id(p)) for name, module in model.named_modules() for p in module.parameters(recurse=False)]
-    uses = Counter(identity for _, identity in owned)
-    return {name for name, identity in owned if uses[identity] > 1}
-
-
-def _removable(groups: list[_Group], model: nn.Module, example: tuple[Tensor, ...]) -> list[_Group]:
-    """The groups that stand a trial; they are tried together first, and halved for as long as a trial fails.
-
-    Every third channel goes, which leaves a width that hardly any head or chunk divides.
-    """
-    if _harmless([(group, frozenset(range(0, group.width, 3))) for group in groups], model, example):
-        return groups
-    middle = len(groups) // 2
-    halves = (groups[:middle], groups[middle:]) if middle else ()
-    return [group for half in halves for group in _removable(half, model, example)]
-
-
-def _harmless(cuts: Sequence[_Cut], model: nn.Module, example: tuple[Tensor, ...]) -> bool:
-    """Whether a copy without the channels answers as a copy in which nobody reads them.
-
-    Shapes alone would let a cut through that mixes attention heads.
-    """
-    unread, cut = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-    _silence(unread, cuts)
-    _remove(cut, cuts)
-    try:
-        with torch.no_grad():
-            expected, output = _first(unread(*example)), _first(cut(*example))
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        return False
-    # Fewer channels are summed in another order: equal to rounding only.
-    tolerance = 1e-3 * float(expected.abs().max())
-    return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3, atol=tolerance)
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first
-
-
-@torch.no_grad()
-def _silence(model: nn.Module, cuts: Iterable[_Cut]) -> None:
-    """Make every reader of the channels ignore them."""
-    for group, removed in cuts:
-        for edit in group.edits:
-            if edit.consumes:
-                model.get_parameter(f"{edit.layer}.weight")[:, edit.channels(removed)] = 0
-
-
-def _remove(model: nn.Module, cuts: Iterable[_Cut]) -> None:
-    """Remove channels from several groups at once, so that every index means what it meant in the uncut model."""
-    going: dict[tuple[str, Remove], set[int]] = defaultdict(set)
-    for group, removed in cuts:
-        for edit in group.edits:
-            going[edit.layer, edit.remove].update(edit.channels(removed))
-    for (layer, remove), channels in going.items():
-        if channels:
-            module = model.get_submodule(layer)
-            flags = [p.requires_grad for p in module.parameters(recurse=False)]
-            remove(module, sorted(channels))
-            for parameter, flag in zip(module.parameters(recurse=False), flags, strict=True):
-                parameter.requires_grad_(flag)
+def _effect(group: Group, removed: frozenset[int], fisher: Fisher) -> Effect:
+    shrunk: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for edit in group.edits:
+        share = len(edit.channels(removed)) / edit.width
+        shrunk[edit.consumes][edit.layer] = shrunk[edit.consumes].get(edit.layer, 1.0) - share
+    loss = fisher.removal(_factors(group, fisher, sorted(removed)))
+    return Effect(loss, outputs=shrunk[False], inputs=shrunk[True])

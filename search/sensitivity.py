@@ -56,7 +56,8 @@ def guide(
 
 
 def _variants(workload: Workload, compressors: Mapping[str, Sensitive], methods: Sequence[Method]) -> Iterator[Variant]:
-    fisher = diagonal_fisher(workload.model, workload.splits.calibration.batches(EXAMPLES), EXAMPLES)
+    calibration = workload.splits.calibration.batches(EXAMPLES)
+    fisher = diagonal_fisher(workload.model, calibration, EXAMPLES, loss=workload.task.loss)
     tables = [_tables(workload, compressors[method.name], method, fisher) for method in methods]
     for parts in itertools.product(*tables):
         answers = {name: value for part in parts for name, value in part.answers.items()}

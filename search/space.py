@@ -10,7 +10,7 @@ from optuna.trial import BaseTrial
 
 from compressors.errors import ConfigError
 from compressors.layers import inside
-from compressors.pipeline import SHAPING, Compressor, Removing, Stage
+from compressors.pipeline import CHANGES, Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
 from evaluators.runtime import Runtime, Support
 
@@ -134,7 +134,7 @@ class SearchSpace:
             step = method.step(pick, gone | replaced if replaces else gone)
             if step is not None:
                 steps.append(step)
-                structural |= method.stage in SHAPING
+                structural |= method.stage in CHANGES
                 gone |= set(step.per_layer) if method.removes else set()
                 replaced |= set(step.per_layer) if replaces else set()
         return CompressionPlan(self._target(pick), tuple(steps), self.seed)

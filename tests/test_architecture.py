@@ -20,7 +20,7 @@ HOMES = {
     "openvino": {"evaluators/openvino.py"},
     "nncf": {"evaluators/openvino.py"},
     "onnx": {"evaluators/export.py", "evaluators/onnxruntime.py"},
-    "torch_pruning": {"compressors/prune.py"},
+    "torch_pruning": {"compressors/channels.py"},
     "sklearn": {"search/data.py"},
     "matplotlib": {"search/report.py"},
 }

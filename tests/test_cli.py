@@ -90,7 +90,7 @@ OPTIONS = {
     "an unknown option": ("budget.minuts=3", "did you mean budget.minutes?"),
     "an unknown group": ("compresor.quantize=1", "did you mean compressor.quantize?"),
     "an unknown option of a group": ("model=resnet21", "use resnet18, resnet20, torchvision"),
-    "an unknown member of a list": ("compressor=[quantise]", "use depth, distill, prune, quantize"),
+    "an unknown member of a list": ("compressor=[quantise]", "use depth, distill, prune, quantize, sparsify"),
     "an entry without a plus": ("bounds={sise:3}", "+bounds.NAME=VALUE"),
     "brackets left open": ("budget.trials=[1", "brackets closed"),
     "no equals sign": ("quick", "OPTION=VALUE"),

@@ -73,6 +73,19 @@ def test_removed_channels_act_as_one() -> None:
     assert fisher.removal([]) == 0
 
 
+def test_slopes_are_the_gradient_of_the_loss_and_need_labels() -> None:
+    torch.manual_seed(0)
+    model, inputs, labels = nn.Linear(6, 3), torch.randn(20, 6), torch.randint(3, (20,))
+    told = [((inputs,), labels)]
+    fisher = diagonal_fisher(model, told, examples=20, loss=F.cross_entropy)
+    exact = torch.autograd.grad(F.cross_entropy(model(inputs), labels), model.weight)[0]
+    torch.testing.assert_close(fisher.slopes["weight"], exact)
+    assert not diagonal_fisher(model, told, examples=20).slopes
+    untold = diagonal_fisher(model, batches(inputs), examples=20, loss=F.cross_entropy)
+    assert not untold.slopes
+    assert torch.equal(untold.squares["weight"], fisher.squares["weight"])
+
+
 @pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5)])
 def test_outputs_that_are_no_logits_are_means_of_normal_distributions(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -86,8 +99,10 @@ def test_outputs_that_are_no_logits_are_means_of_normal_distributions(shape: tup
 def test_tied_parameters_have_all_their_names() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    fisher = diagonal_fisher(model, batches(torch.randn(20, 4)), examples=10)
+    told = [((torch.randn(20, 4),), torch.randint(4, (20,)))]
+    fisher = diagonal_fisher(model, told, examples=10, loss=F.cross_entropy)
     assert torch.equal(fisher.squares["2.weight"], fisher.squares["0.weight"])
+    assert torch.equal(fisher.slopes["2.weight"], fisher.slopes["0.weight"])
 
 
 def test_the_pass_leaves_the_model_as_it_was_and_repeats() -> None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compressors.pipeline import (
     ORIGINAL,
@@ -103,6 +104,28 @@ class Climb(Recorder):
         return Step("climb", {}, {"add": 3})
 
 
+class Hold(Recorder):
+    """Holds every weight at one, until it is told to let go."""
+
+    method, stage = "hold", Stage.MASK
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        self.calls.append(self.method)
+        for module in (model.get_submodule("head"), model.get_submodule("a.0")):
+            parametrize.register_parametrization(module, "weight", Ones())
+        return Applied({"": {"add": step.shared["add"]}})
+
+    def release(self, model: nn.Module) -> None:
+        self.calls.append("release")
+        for module in (model.get_submodule("head"), model.get_submodule("a.0")):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+class Ones(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight)
+
+
 class Out(Recorder):
     """Takes a module out, or would."""
 
@@ -169,7 +192,8 @@ class Disk(Shelf):
         return None
 
 
-OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
+HOLD, OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
+    Step("hold", {}, {"add": 0.0625}),
     Step("out", {}, {"add": 0.125}),
     Step("shape", {}, {"add": 0.5}),
     Step("swap", {}, {"add": 0.75}),
@@ -179,7 +203,7 @@ OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
 )
 
 
-METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Teach, Climb, Count, Weigh)
+METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Hold, Teach, Climb, Count, Weigh)
 
 
 def climb(epochs: int) -> Step:
@@ -372,6 +396,29 @@ def test_children_share_their_parent() -> None:
     calls.clear()
     run(OUT, climb(4), calls=calls, store=disk)
     assert calls == ["out", "climb 2-4"], "what the parent began with, other plans begin with"
+
+
+def test_what_is_held_is_let_go_once_nothing_trains_any_more() -> None:
+    calls: list[str] = []
+    artifact = run(HOLD, SHAPE, TEACH, EIGHT, calls=calls)
+    assert calls == ["shape", "hold", "teach", "release", "count"]
+    assert (artifact.model.get_parameter("head.weight") == 1).all()
+    assert artifact.model.state_dict().keys() == build("plain").state_dict().keys()
+    calls.clear()
+    assert (run(HOLD, calls=calls).model.get_parameter("a.0.weight") == 1).all()
+    assert calls == ["hold", "release"]
+
+
+def test_what_is_stored_is_still_held() -> None:
+    """More training goes on from it."""
+    disk, calls = Disk(), list[str]()
+    run(HOLD, climb(2), store=disk)
+    state, _ = disk.kept[prefix(HOLD, climb(2))]
+    assert not (state["head.parametrizations.weight.original"] == 1).any()
+    artifact = run(HOLD, climb(4), calls=calls, store=disk)
+    assert calls == ["hold", "climb 2-4", "release"]
+    assert same(artifact.model, run(HOLD, climb(4)).model)
+    assert prefix(HOLD, climb(2)) != prefix(climb(2))
 
 
 def test_every_recovery_method_is_stored_by_itself() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.errors import Infeasible
-from compressors.plan import Settings, Step
+from compressors.pipeline import Context
+from compressors.plan import Scalar, Settings, Step
 from compressors.prune import Prune, kept_channels
 from tests.context import make_context
 from tests.zoo import CLASSES, NETS, build, images
@@ -25,11 +26,18 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 every_net = pytest.mark.parametrize("net", NETS)
 
 
-def prune(model: nn.Module, sparsity: float | Mapping[str, float], align: int = 1) -> Mapping[str, Settings]:
+def prune(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float],
+    align: int = 1,
+    seed: int = 0,
+    context: Context | None = None,
+    **shared: Scalar,
+) -> Mapping[str, Settings]:
     owners = Prune().groups(model, (images(),))
     shares = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(owners, sparsity)
-    step = Step("prune", {owner: {"sparsity": share} for owner, share in shares.items()}, {"align": align})
-    return Prune().apply(model, step, make_context(model), 0).achieved
+    step = Step("prune", {owner: {"sparsity": share} for owner, share in shares.items()}, {"align": align, **shared})
+    return Prune().apply(model, step, context or make_context(model), seed).achieved
 
 
 def silence(model: nn.Module, layer: str, channels: Tensor) -> None:
@@ -168,6 +176,8 @@ def test_more_sparsity_never_keeps_more(width: int, a: float, b: float, align: i
         ({"a.0": {"sparsity": "half"}}, {"align": 4}, r"sparsity of a\.0 is half"),
         ({"a.0": {"sparsity": float("nan")}}, {"align": 4}, r"sparsity of a\.0 is nan"),
         ({"a.0": {"sparsity": 0.5}}, {"align": 0}, r"align is 0"),
+        ({"a.0": {"sparsity": 0.5}}, {"criterion": "L2"}, r"criterion is L2: expected one of l2, l1, bn_scale, taylor"),
+        ({"a.0": {"sparsity": 0.5}}, {"allocation": 2}, r"allocation is 2: expected one of per_group, global"),
         ({"head": {"sparsity": 0.5}}, {"align": 4}, r"sparsity of head must be 0"),
         ({"other": {"sparsity": 0.5}}, {"align": 4}, r"no group other: possible are .*a\.0"),
     ],

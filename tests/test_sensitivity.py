@@ -17,6 +17,7 @@ from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
 from compressors.separable import Separable
+from compressors.sparsify import Sparsify
 from search.facts import Aim
 from search.proposals import Proposer
 from search.sensitivity import guide
@@ -70,6 +71,24 @@ def test_every_deciding_knob_and_choice_has_an_effect_in_every_variant(tmp_path:
     assert found.growth == ("distill.epochs", (2, 4))
     assert found.structural >= {"prune.align", "distill.epochs", "distill.temperature"}
     assert not any(name.startswith("quantize") for name in found.structural)
+
+
+def test_what_only_costs_has_its_place_in_the_tables(tmp_path: Path) -> None:
+    """Zeros make nothing smaller: all that is predicted is a loss, which grows with their share."""
+    masks = {"sparsity": {"choices": [0.0, 0.5, 0.9], "granularity": "layer"}}
+    more = {"sparsify": Sparsify()}
+    _, space, found = make("plain", {"prune": PRUNING, "sparsify": masks}, tmp_path, more)
+    assert [method.name for method in space.methods] == ["prune", "sparsify"]
+    assert found is not None
+    tables = Tables(found)
+    masked = [k for k, name in enumerate(tables.names) if name.startswith("sparsify")]
+    assert len(masked) == 3
+    for k in masked:
+        assert tables.choices[k][tables.off[k]] == 0.0
+        assert (np.diff(tables.loss[0, k, :3]) > 0).all()
+    pick = tables.off[None].copy()
+    pick[0, masked] = 2
+    assert (tables.log_shares(pick, np.zeros(1, dtype=np.intp)) == 0).all()
 
 
 def test_it_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,6 +290,23 @@ def test_recovery_comes_with_whatever_replaces_layers() -> None:
     assert methods == {("quantize",), ("lowrank", "distill"), ("separable", "distill"), ("prune", "distill")}
 
 
+def test_what_is_masked_is_recovered_too() -> None:
+    compressors: dict[str, Any] = {
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+        "mask": Fake("mask", Stage.MASK, ("sparsity", 0.0)),
+    }
+    entries: dict[str, Any] = {
+        "distill": {"when": "structure", "epochs": {"choices": [0, 4]}},
+        "mask": {"sparsity": {"choices": [0.0, 0.5]}},
+    }
+    groups: dict[str, Any] = {"distill": {}, "mask": {}}
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    found = build_space(entries, compressors, groups, LAYERS, runtimes)
+    plan = found.sample(FixedTrial({"mask.sparsity": 0.5, "distill.epochs": 4}))
+    assert [step.method for step in plan.steps] == ["mask", "distill"]
+    assert not found.sample(FixedTrial({"mask.sparsity": 0.0})).steps
+
+
 def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
     assert [m.name for m in with_remover(()).methods] == ["prune", "quantize"]
     nothing: dict[str, Any] = {"depth": Remover("depth", Stage.STRUCTURE, ("skip", False))}
