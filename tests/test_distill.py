@@ -200,7 +200,9 @@ def test_layers_of_many_inputs_are_moved_less_far() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     before = [p.detach().clone() for p in model.parameters()]
     METHOD.apply(model, Step("distill", {}, GOOD), make_context(build("plain"), count=32, size=32), seed=0)
-    wide, wide_bias, narrow, _ = (float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True))
+    wide, wide_bias, narrow, _ = (
+        float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)
+    )
     # Adam's first step is as long as its rate, whatever the gradient; weight decay adds a little.
     assert wide == pytest.approx(narrow / 3, rel=0.05)
     assert wide_bias == pytest.approx(narrow, rel=0.05)
