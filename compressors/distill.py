@@ -15,6 +15,7 @@ from compressors.recovery import Goal, Recovery, checked, number, training, whol
 
 PRECISIONS = ("auto", "fp32", "bf16")
 NONE = "none"
+ASSISTANTS = (NONE, "half")
 FITTED_EXAMPLES = 32
 """Of the first calibration batch, what student and teacher are compared on before they learn."""
 
@@ -32,6 +33,10 @@ class Distill(Recovery):
     With `match`, what the models make of a batch inside is compared too (compressors/matching.py), `match_weight` times
     as much. The teacher's insides are not remembered: it computes every batch anew. What learns with the student
     is fitted anew when a round begins and thrown away when it ends.
+
+    With `assistant` half, the teacher is a model from which about half as much was taken, and which learned from the
+    uncompressed one in the same way (Mirzadeh 2020, arXiv 1902.03393). It is trained first, which costs as much again
+    unless another plan needed it, and helps only where the uncompressed model is too far away to be followed.
 
     `parent` has the settings with which a model is trained whose blocks were left out, before its channels go as well:
     cut in two steps it recovers in fewer epochs than cut at once, and all children of one parent share the first ones.
@@ -60,8 +65,8 @@ class Distill(Recovery):
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`epochs`, `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`.
 
-        A `match` and its `match_weight` may be added. Raises `Infeasible` as soon as the loss is not finite. The model
-        is in eval mode afterwards.
+        A `match` and its `match_weight` may be added, and an `assistant`, which `context` then has for a teacher.
+        Raises `Infeasible` as soon as the loss is not finite. The model is in eval mode afterwards.
         """
         since: Step | None = None
         for end in self.rounds(step):
@@ -79,10 +84,19 @@ class Distill(Recovery):
         """The parent's training."""
         return None if self.parent is None else Step(self.method, {}, dict(self.parent))
 
+    def assistant(self, step: Step) -> Step | None:
+        """Trained just as the student, so it grows from round to round as well."""
+        asked = step.shared.get("assistant", NONE)
+        if asked not in ASSISTANTS:
+            raise Infeasible(f"distill.assistant is {asked}: expected one of {', '.join(ASSISTANTS)}")
+        shared = {key: value for key, value in step.shared.items() if key != "assistant"}
+        return None if asked == NONE else replace(step, shared=shared)
+
     def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
         """One round; its order of the data comes from `seed` and from the epoch in which it begins."""
         done, epochs = (0 if end is None else whole_epochs(self.method, end.shared) for end in (since, step))
         form, weight = _matching(step.shared)
+        assisted: Settings = {"assistant": "half"} if self.assistant(step) else {}
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
         goal = Goal.read(self.method, step.shared, context, self._half)
@@ -92,7 +106,7 @@ class Distill(Recovery):
             loss = self._train(model, goal, match, weight, range(done, epochs), context)
         told: Settings = {"epochs": epochs, "loss": loss, loss_after(epochs): loss}
         matched: Settings = {"match": form, "match_weight": weight, "matched": len(match.places)} if match else {}
-        return Applied({"": {**told, **matched}})
+        return Applied({"": {**told, **matched, **assisted}})
 
     @property
     def _half(self) -> bool:

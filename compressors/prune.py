@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +53,11 @@ class Prune:
         _check([cut for cut in cuts if cut[1]], model, context.example)
         _remove(model, cuts)
         return Applied({o: {"sparsity": 1 - n / known[o].width, "channels": n} for o, n in kept.items()})
+
+    def half(self, step: Step) -> Step | None:
+        """Half the sparsity of every group."""
+        halves = {owner: {**s, "sparsity": _sparsity(owner, s) / 2} for owner, s in step.per_layer.items()}
+        return replace(step, per_layer=halves) if any(s["sparsity"] for s in halves.values()) else None
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch.func import functional_call
 
 from compressors.layers import read_layers
 from compressors.pipeline import Applied, Context
-from compressors.plan import Step, digest
+from compressors.plan import Settings, Step, digest
 from compressors.recovery import Goal, Recovery, training, whole_epochs
 
 TOP = 127
@@ -62,8 +63,9 @@ class Qat(Recovery):
             loss = self.train(
                 learning, lambda batch: goal.loss(rounded, batch), goal.learning_rate, range(epochs), context
             )
-        share = rounded.write()
-        return Applied({"": {"epochs": epochs, "loss": loss, "step_share": share}})
+        achieved: Settings = {"epochs": epochs, "loss": loss, "step_share": rounded.step_share()}
+        rounded.write()
+        return Applied({"": achieved})
 
 
 class Rounded:
@@ -103,12 +105,16 @@ class Rounded:
                 handle.remove()
 
     @torch.no_grad()
-    def write(self) -> float:
-        """Put the rounded weights into the model; how large their steps are on average, as a share of the first."""
-        shares = [torch.minimum(self._step(n), _largest_step(w)) / self._began[n] for n, w in self._weights.items()]
+    def step_share(self) -> float:
+        """How large the steps are on average, as a share of what they were at first."""
+        now = {name: torch.minimum(self._step(name), _largest_step(weight)) for name, weight in self._weights.items()}
+        return mean(float((now[name] / began).mean()) for name, began in self._began.items())
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the rounded weights into the model."""
         for name, rounded in self._rounded().items():
             self._weights[name].copy_(rounded)
-        return float(torch.cat([share.flatten() for share in shares]).mean())
 
     def _rounded(self) -> dict[str, Tensor]:
         return {name: round_weight(weight, self._step(name)) for name, weight in self._weights.items()}

@@ -46,5 +46,5 @@ def taught(net: str) -> nn.Module:
 def patterns_context(teacher: nn.Module) -> Context:
     """What a compressor may look at; calibration always shows the same 256."""
     inputs, labels = patterns(256, seed=3)
-    batches = [((part,), labels[i : i + 32]) for i, part in zip(range(0, 256, 32), inputs.split(32), strict=True)]
+    batches = [((inputs[i : i + 32],), labels[i : i + 32]) for i in range(0, 256, 32)]
     return Context(teacher, (images(),), pass_over_patterns, lambda: batches, F.cross_entropy)

@@ -304,9 +304,10 @@ def strayed(student: nn.Module, teacher: nn.Module) -> float:
 def test_hints_bring_features_closer(teacher: nn.Module) -> None:
     context = patterns_context(teacher)
     owners = Prune().groups(teacher, context.example)
-    cut = Step("prune", {owner: {"sparsity": 0.75} for owner in owners}, {"align": 4})
+    cut = Step("prune", {owner: {"sparsity": 0.5} for owner in owners}, {"align": 4})
     ends: list[float] = []
-    for matched in ({}, {"match": "hint", "match_weight": 1.0}):
+    forms: list[dict[str, Scalar]] = [{}, {"match": "hint", "match_weight": 5.0}]
+    for matched in forms:
         student = copy.deepcopy(teacher)
         Prune().apply(student, cut, context, 0)
         step = Step("distill", {}, {**GOOD, "epochs": 8, **matched})
@@ -320,7 +321,7 @@ def test_what_is_matched_leaves_no_trace_in_the_model(matched: dict[str, Scalar]
     model, context = build("residual"), make_context(build("residual", seed=1))
     names, state = list(model.state_dict()), copy.deepcopy(context.teacher.state_dict())
     plain = distill(build("residual"), context)
-    achieved = distill(model, context, **matched)
+    achieved = distill(model, context, 0, **matched)
     assert list(model.state_dict()) == names
     assert [name for name, _ in model.named_parameters()] == [n for n, _ in build("residual").named_parameters()]
     assert not any(m._forward_hooks for net in (model, context.teacher) for m in net.modules())
@@ -335,7 +336,7 @@ def test_what_is_matched_is_trained_for(matched: dict[str, Scalar]) -> None:
     context = make_context(build("residual", seed=1))
     alone, both = build("residual"), build("residual")
     distill(alone, context)
-    distill(both, context, **matched)
+    distill(both, context, 0, **matched)
     assert changed(alone, both)
 
 
@@ -396,4 +397,4 @@ def test_what_was_remembered_of_the_teacher_is_no_help_for_its_insides() -> None
 )
 def test_a_match_that_cannot_be_is_infeasible(settings: dict[str, Scalar], words: str) -> None:
     with pytest.raises(Infeasible, match=f"^{words}$"):
-        distill(build("plain"), make_context(build("plain")), **settings)
+        distill(build("plain"), make_context(build("plain")), 0, **settings)

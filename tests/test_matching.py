@@ -155,6 +155,8 @@ def test_attention_without_positions_is_infeasible() -> None:
 def test_hints_of_another_shape_are_infeasible() -> None:
     student, teacher = build("plain"), build("plain")
     for name in ("a.0", "b.0"):
-        student.get_submodule(name).stride = (2, 2)
+        layer = student.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        layer.stride = (2, 2)
     with pytest.raises(Infeasible, match=r"^match=hint: no block that is left differs"):
         FORMS["hint"](student, teacher, (images(),))

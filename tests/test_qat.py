@@ -19,7 +19,7 @@ from compressors.layers import read_layers
 from compressors.pipeline import Artifact, Compressor, Context, LayerNumbers, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
-from compressors.qat import Qat, Rounded, round_activation, round_weight
+from compressors.qat import PACE, Qat, Rounded, round_activation, round_weight
 from evaluators.runtime import Runtime
 from search.cache import Cache
 from tests.context import make_context
@@ -29,6 +29,8 @@ from tests.zoo import NETS, build, images
 METHOD = Qat(weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=256)
 GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.003}
 RUNTIMES = ("onnxruntime", "openvino")
+# Of the root mean square of the answers. Ranges come from calibration, and OpenVINO's quantizer averages over examples.
+TOLERANCE = {"onnxruntime": 0.1, "openvino": 0.2}
 
 
 def qat(model: nn.Module, context: Context, seed: int = 0, **changes: Scalar) -> Settings:
@@ -46,12 +48,12 @@ def nearest(weight: Tensor) -> Tensor:
 
 
 def coarse(net: nn.Module) -> nn.Module:
-    """The same function, but a channel of `a` is up to 200 times as large as another, and `b` makes up for it.
+    """The same function, but a channel of `a` is up to 1000 times as large as another, and `b` makes up for it.
 
     One step for the whole activation, and one for a row of `b`, are then too coarse for most channels.
     """
     model = copy.deepcopy(net)
-    factors = torch.logspace(0, math.log10(200), 16)
+    factors = torch.logspace(0, 3, 16)
     with torch.no_grad():
         for name in ("a.1.weight", "a.1.bias"):
             model.get_parameter(name).mul_(factors)
@@ -67,7 +69,7 @@ def teacher() -> nn.Module:
 @pytest.fixture(scope="module")
 def trained(teacher: nn.Module) -> nn.Module:
     student = copy.deepcopy(teacher)
-    qat(student, patterns_context(teacher), epochs=8)
+    qat(student, patterns_context(teacher), epochs=8, learning_rate=0.0003)
     return student
 
 
@@ -98,16 +100,39 @@ def test_it_regains_what_rounding_alone_loses(
     whole = right(teacher(patterns(500, seed=2)[0]))
     without = right(answers(teacher, runtime, tmp_path / "without"))
     within = right(answers(trained, runtime, tmp_path / "with"))
-    assert whole > 0.95
-    assert without < whole - 0.1
-    assert within > whole - 0.03
+    assert whole > 0.99
+    assert without < 0.7
+    assert within > 0.94
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_deployed_file_answers_as_the_simulation(runtime: str, trained: nn.Module, tmp_path: Path) -> None:
     deployed, expected = answers(trained, runtime, tmp_path), simulated(trained)
-    assert abs(right(deployed) - right(expected)) <= 0.01
-    assert (deployed - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+    assert abs(right(deployed) - right(expected)) <= 0.015
+    assert (deployed - expected).square().mean().sqrt() < TOLERANCE[runtime] * expected.square().mean().sqrt()
+
+
+def outliers(net: nn.Module) -> nn.Module:
+    """A channel of `a` that is always 0 gets weights in `b` that make one step too coarse for all the others."""
+    model = copy.deepcopy(net)
+    with torch.no_grad():
+        model.get_parameter("a.1.weight")[0] = 0
+        model.get_parameter("a.1.bias")[0] = -1
+        weight = model.get_parameter("b.0.weight")
+        weight[:, 0, 1, 1] = 400 * weight.abs().amax((1, 2, 3))
+    return model
+
+
+@pytest.mark.parametrize(("pace", "least", "most"), [(0.0, 0.0, 0.3), (PACE, 0.5, 1.0)])
+def test_steps_that_learn_get_over_outliers(
+    pace: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressors.qat.PACE", pace)
+    model = outliers(taught("plain"))
+    context = patterns_context(copy.deepcopy(model))
+    assert right(simulated(model)) < 0.3
+    qat(model, context, epochs=8, learning_rate=0.01)
+    assert least < right(simulated(model)) <= most
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -179,7 +204,7 @@ def test_activations_keep_zero_and_lose_half_a_step_or_a_little_more(seed: int, 
     rounded = round_activation(given)
     step = (given.max().clamp_min(0) - given.min().clamp_max(0)) / 255
     assert rounded[0] == 0
-    assert len(rounded.unique()) <= 256
+    assert len(set(rounded.tolist())) <= 256
     # The ends may lose as much again, because 0 must be one of the values.
     assert ((rounded - given).abs() <= 1.001 * step).all()
 
@@ -240,12 +265,10 @@ def test_it_goes_on_from_what_distillation_stored(tmp_path: Path) -> None:
         return compress(model, CompressionPlan(Target("any", "fp32"), steps), methods, make_context(model), store)
 
     made(steps[:2], Cache(tmp_path))
-    lines: list[str] = []
     resumed, whole = made(steps, Cache(tmp_path)), made(steps, None)
     assert resumed.seconds.keys() == {"prune", "qat"}
     assert resumed.achieved.keys() == whole.achieved.keys() == {"prune", "distill", "qat"}
     assert all(torch.equal(v, whole.model.state_dict()[n]) for n, v in resumed.model.state_dict().items())
-    assert not lines
 
 
 @pytest.mark.parametrize(
