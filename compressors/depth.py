@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,11 @@ class Depth:
         for name in self.removed(step):
             model.set_submodule(name, nn.Identity())
         return Applied({name: {"skip": settings["skip"]} for name, settings in step.per_layer.items()})
+
+    def half(self, step: Step) -> Step | None:
+        """Every second of the blocks stays, and the only one does."""
+        out = list(self.removed(step))[1::2]
+        return replace(step, per_layer={name: step.per_layer[name] for name in out}) if out else None
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compressors.assistant import assistant_plan
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, digest
 
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
@@ -247,6 +248,7 @@ class _Run:
         self.plan, self.compressors, self.context, self.store = plan, compressors, context, store
         self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
+        self.assistants: dict[str, FloatModel] = {}
 
     def of_stages(self, *stages: Stage) -> list[Step]:
         return _of_stages(self.plan, self.compressors, *stages)
@@ -255,6 +257,7 @@ class _Run:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
+        self.original = original
         structure, recovery = self.of_stages(*CHANGES), self.of_stages(Stage.RECOVER)
         model, achieved = self._cut(original, structure, ())
         way = list(self._way(structure, recovery))
@@ -359,12 +362,26 @@ class _Run:
         method = self.compressors[leg.step.method]
         if not isinstance(method, Growing):
             return self._apply(model, leg.step)
+        context = self._taught(leg.step)
         with self._working(leg.step):
-            return method.advance(model, leg.step, leg.since, self.context, self.plan.seed)
+            return method.advance(model, leg.step, leg.since, context, self.plan.seed)
 
     def _apply(self, model: nn.Module, step: Step) -> Applied:
+        context = self._taught(step)
         with self._working(step):
-            return self.compressors[step.method].apply(model, step, self.context, self.plan.seed)
+            return self.compressors[step.method].apply(model, step, context, self.plan.seed)
+
+    def _taught(self, step: Step) -> Context:
+        """The context; where the step asks for an assistant, that is the teacher: another plan's float model."""
+        plan = assistant_plan(self.plan, step, self.compressors)
+        if plan is None:
+            return self.context
+        if plan.digest not in self.assistants:
+            context = replace(self.context, between_rounds=lambda _step, _achieved: None)
+            run = _Run(plan, self.compressors, context, self.store)
+            run.seconds = self.seconds
+            self.assistants[plan.digest] = run.float_model(self.original)
+        return replace(self.context, teacher=self.assistants[plan.digest].model, answers=None)
 
     @contextmanager
     def _working(self, step: Step) -> Iterator[None]:

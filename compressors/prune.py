@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -69,6 +69,11 @@ class Prune:
         _check([cut for cut in cuts if cut[1]], model, context.example)
         remove_channels(model, cuts)
         return Applied({o: {"sparsity": 1 - n / groups[o].width, "channels": n} for o, n in kept.items()})
+
+    def half(self, step: Step) -> Step | None:
+        """Half the sparsity of every group."""
+        halves = {owner: {**s, "sparsity": _sparsity(owner, s) / 2} for owner, s in step.per_layer.items()}
+        return replace(step, per_layer=halves) if any(s["sparsity"] for s in halves.values()) else None
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher

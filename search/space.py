@@ -16,6 +16,10 @@ from evaluators.runtime import Runtime, Support
 
 GRANULARITIES = ("layer", "block", "model")
 RUNTIME_KNOB = "deploy.runtime"
+NEEDED = {"structure": Stage.STRUCTURE, "numbers": Stage.NUMERIC}
+"""What a method can be made to depend on: that one of this stage does something, or for the first any of `CHANGES`."""
+NONE = "none"
+"""The answer with which a plan leaves a key out, as if it had never been asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,8 @@ class Knob:
     """One question to the sampler: either `choices`, or a range from `low` to `high` (whole numbers if both are).
 
     `owners` are the layers or tied groups that take its answer; none for a setting shared by the whole step. With
-    `when`, it is asked only if one of the method's deciding knobs answered just that.
+    `when`, it is asked only if one of the method's deciding knobs, or of those before it, answered just that, or one
+    of these.
     """
 
     name: str
@@ -35,7 +40,12 @@ class Knob:
     high: float = 0
     step: float | None = None
     log: bool = False
-    when: Scalar | None = None
+    when: Scalar | tuple[Scalar, ...] | None = None
+
+    def applies(self, given: Collection[Scalar]) -> bool:
+        """Whether it is asked once these answers were given."""
+        wanted = self.when if isinstance(self.when, tuple) else (self.when,)
+        return self.when is None or any(value in wanted for value in given)
 
     def suggest(self, trial: BaseTrial) -> Scalar:
         """Ask a live, frozen or fixed trial."""
@@ -65,14 +75,17 @@ class Knob:
 
 @dataclass(frozen=True)
 class Method:
-    """The knobs of one compressor; it drops out of the plan when all its `deciding` knobs are at `off`."""
+    """The knobs of one compressor; it drops out of the plan when all its `deciding` knobs are at `off`.
+
+    One that `needs` a stage is asked only where a method of that stage does something.
+    """
 
     name: str
     stage: Stage
     deciding: tuple[Knob, ...]
     others: tuple[Knob, ...]
     off: tuple[str, Scalar]
-    needs_structure: bool = False
+    needs: Stage | None = None
     removes: bool = False
 
     def step(self, pick: Callable[[Knob], Scalar], gone: Collection[str] = ()) -> Step | None:
@@ -81,9 +94,10 @@ class Method:
         answers = [(knob, value) for knob, value in answers if value != self.off[1]]
         if not answers:
             return None
-        given = [value for _, value in answers]
-        asked = [knob for knob in _left(self.others, gone) if knob.when is None or knob.when in given]
-        return self._assemble([*answers, *((knob, pick(knob)) for knob in asked)])
+        for knob in _left(self.others, gone):
+            if knob.applies([value for _, value in answers]):
+                answers.append((knob, pick(knob)))
+        return self._assemble((knob, value) for knob, value in answers if value != NONE)
 
     def _assemble(self, answers: Iterable[tuple[Knob, Scalar]]) -> Step:
         per_layer: dict[str, dict[str, Scalar]] = {}
@@ -123,21 +137,21 @@ class SearchSpace:
 
         A layer is replaced once: methods of that stage are not asked for what one before them has replaced.
         """
-        steps: list[Step] = []
+        steps: dict[str, Step] = {}
         gone: set[str] = set()
         replaced: set[str] = set()
-        structural = False
-        for method in self.methods:
-            if method.needs_structure and not structural:
-                continue
+        done: set[Stage | None] = {None}
+        # What makes up for numbers runs before them, but whether there are any is only known afterwards.
+        for method in sorted(self.methods, key=lambda method: method.needs is Stage.NUMERIC):
             replaces = method.stage is Stage.REPLACE
-            step = method.step(pick, gone | replaced if replaces else gone)
+            step = method.step(pick, gone | replaced if replaces else gone) if method.needs in done else None
             if step is not None:
-                steps.append(step)
-                structural |= method.stage in CHANGES
+                steps[method.name] = step
+                done.add(Stage.STRUCTURE if method.stage in CHANGES else method.stage)
                 gone |= set(step.per_layer) if method.removes else set()
                 replaced |= set(step.per_layer) if replaces else set()
-        return CompressionPlan(self._target(pick), tuple(steps), self.seed)
+        ordered = tuple(steps[method.name] for method in self.methods if method.name in steps)
+        return CompressionPlan(self._target(pick), ordered, self.seed)
 
     def _target(self, pick: Callable[[Knob], Scalar]) -> Target:
         runtime = str(_only_or_pick(RUNTIME_KNOB, tuple(self.targets), pick))
@@ -153,12 +167,12 @@ class SearchSpace:
     def uniform(self, sparing: bool = False) -> Iterator[dict[str, Scalar]]:
         """Answers for each method alone, each of its values on all layers alike, on every runtime.
 
-        Recovery methods come along at full strength wherever the structure changes; everything else is off. With
-        `sparing` there is one value a method, from its middle, and as little recovery as there can be.
+        Methods that need a structural one come along at full strength wherever the structure changes; everything else
+        is off. With `sparing` there is one value a method, from its middle, and as little recovery as there can be.
         """
         # Numeric methods first: they need no training, so that a short search has something of everything.
         for method in reversed(self.methods):
-            if method.needs_structure:
+            if method.needs is not None:
                 continue
             levels = _levels(method)
             for value in [levels[(len(levels) - 1) // 2]] if sparing else levels:
@@ -179,7 +193,7 @@ class SearchSpace:
             method = methods[knob.method]
             if knob.key != method.off[0]:
                 return knob.middle()
-            if method.needs_structure:
+            if method.needs is Stage.STRUCTURE:
                 return knob.first(but=method.off[1]) if sparing else knob.last()
             value = wanted.get(knob.method, method.off[1])
             return value if not knob.choices or value in knob.choices else method.off[1]
@@ -246,10 +260,9 @@ def _method(
     kinds: Mapping[str, str],
 ) -> Method:
     when = space.pop("when", None)
-    if when not in (None, "structure"):
-        raise ConfigError(
-            f"compressor.{name}.space.when", f"{when!r} is no condition", "use 'structure' or leave it out"
-        )
+    if when is not None and when not in NEEDED:
+        remedy = f"use one of {', '.join(NEEDED)}, or leave it out"
+        raise ConfigError(f"compressor.{name}.space.when", f"{when!r} is no condition", remedy)
     knobs = [k for key, entry in space.items() for k in _knobs(name, key, entry, groups, kinds)]
     deciding = tuple(k for k in knobs if k.key == compressor.off[0])
     if not deciding:
@@ -265,7 +278,7 @@ def _method(
             raise ConfigError(f"compressor.{name}.space.{knob.key}.choices", problem, f"add {compressor.off[1]}")
     others = tuple(k for k in knobs if k.key != compressor.off[0])
     removes = isinstance(compressor, Removing)
-    return Method(name, compressor.stage, deciding, others, compressor.off, when == "structure", removes)
+    return Method(name, compressor.stage, deciding, others, compressor.off, NEEDED.get(when), removes)
 
 
 def _knobs(
@@ -274,7 +287,9 @@ def _knobs(
     path = f"compressor.{method}.space.{key}"
     if not isinstance(entry, Mapping):
         raise ConfigError(path, f"is {entry!r}", "write {choices: [...]} or {low: .., high: ..}")
-    entry = dict(entry)
+    if entry.get("choices") == [NONE]:
+        return
+    entry = {**entry, "when": tuple(entry["when"])} if isinstance(entry.get("when"), list) else dict(entry)
     granularity, include, exclude = (
         entry.pop("granularity", None),
         entry.pop("include", ["*"]),

@@ -1,31 +1,29 @@
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.distill import PASSES, Distill, distillation_loss, schedule
+from compressors.distill import Distill
 from compressors.errors import ConfigError, Infeasible
+from compressors.matching import FORMS, hint
 from compressors.pipeline import Batch, Compressor, Context, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
+from compressors.recovery import PASSES
 from search.cache import Cache
 from tests.context import make_context
+from tests.patterns import accuracy, pass_over_patterns, patterns, patterns_context, taught
 from tests.zoo import CLASSES, build, images
 
 METHOD = Distill(weight_decay=5e-4, warmup=0.1, clip_norm=1.0, epoch_examples=32, first_round=2)
 GOOD: dict[str, Scalar] = {"epochs": 1, "temperature": 4, "weight": 0.5, "learning_rate": 0.01}
-
-
-def logits(seed: int, rows: int = 6) -> Tensor:
-    return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed))
 
 
 def distill(model: nn.Module, context: Context, seed: int = 0, **changes: Scalar) -> Settings:
@@ -36,82 +34,9 @@ def changed(a: nn.Module, b: nn.Module) -> bool:
     return not all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 99), st.floats(0.5, 16))
-def test_equal_logits_cost_nothing_and_others_something(seed: int, temperature: float) -> None:
-    assert distillation_loss(logits(seed), logits(seed), temperature).item() == pytest.approx(0, abs=1e-5)
-    assert distillation_loss(logits(seed), logits(seed + 1), temperature) > 0
-
-
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 99), st.floats(-50, 50), st.floats(1, 16))
-def test_a_constant_added_to_all_classes_does_not_count(seed: int, shift: float, temperature: float) -> None:
-    moved = distillation_loss(logits(seed) + shift, logits(seed + 1), temperature)
-    torch.testing.assert_close(
-        moved, distillation_loss(logits(seed), logits(seed + 1), temperature), rtol=1e-3, atol=1e-4
-    )
-
-
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 99), st.floats(1, 16))
-def test_scaling_logits_and_temperature_scales_by_the_square(seed: int, temperature: float) -> None:
-    scaled = distillation_loss(temperature * logits(seed), temperature * logits(seed + 1), temperature)
-    torch.testing.assert_close(scaled, temperature**2 * distillation_loss(logits(seed), logits(seed + 1), 1.0))
-
-
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 99), st.floats(1, 16))
-def test_the_gradient_is_the_difference_of_the_softened_answers(seed: int, temperature: float) -> None:
-    student, teacher = logits(seed).requires_grad_(True), logits(seed + 1)
-    (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, temperature), student)
-    soft = torch.softmax(student / temperature, -1) - torch.softmax(teacher / temperature, -1)
-    torch.testing.assert_close(gradient, temperature * soft / len(student))
-
-
-def test_sequences_are_averaged_over_every_position() -> None:
-    student, teacher = logits(0), logits(1)
-    split = distillation_loss(student.reshape(2, 3, -1), teacher.reshape(2, 3, -1), 2.0)
-    torch.testing.assert_close(split, distillation_loss(student, teacher, 2.0))
-
-
-@pytest.mark.parametrize(("done", "share"), [(0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)])
-def test_the_rate_rises_and_falls(done: float, share: float) -> None:
-    assert schedule(done, 0.1) == pytest.approx(share)
-
-
-def test_no_warmup_starts_at_the_peak() -> None:
-    assert schedule(0.0, 0.0) == 1.0
-
-
-def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy pictures of five fixed patterns, in turn."""
-    labels = torch.arange(count) % CLASSES
-    return images(CLASSES, seed=9)[labels] + images(count, seed), labels
-
-
-def pass_over_patterns() -> Iterator[Batch]:
-    inputs, labels = patterns(320, seed=1)
-    for rows in torch.split(torch.randperm(len(inputs)), 32):
-        yield (inputs[rows],), labels[rows]
-
-
-def accuracy(model: nn.Module) -> float:
-    inputs, labels = patterns(500, seed=2)
-    return float((model(inputs).argmax(1) == labels).float().mean())
-
-
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    model = build("plain").train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-        for (inputs,), labels in (batch for _ in range(8) for batch in pass_over_patterns()):
-            assert labels is not None
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]  # torch's gap
-            optimizer.step()
-    return model.eval()
+    return taught("plain")
 
 
 def test_a_pruned_net_regains_what_it_lost(teacher: nn.Module) -> None:
@@ -374,3 +299,115 @@ def test_other_than_flat_images_can_be_learned_from() -> None:
     context = Context(model, batch[0], lambda: [batch], lambda: [batch], None)
     Distill(0.0, 0.1, 1.0, epoch_examples=8, first_round=2).apply(model, Step("distill", {}, GOOD), context, 0)
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+MATCHED: list[dict[str, Scalar]] = [{"match": form, "match_weight": 1.0} for form in FORMS]
+
+
+def strayed(student: nn.Module, teacher: nn.Module) -> float:
+    """What a linear map of the student's features leaves unexplained of the teacher's, on pictures of their own."""
+    fitted = hint(student, teacher, (patterns(200, seed=5)[0],))
+    with torch.no_grad(), fitted.watching(student, teacher) as distance:
+        inputs, _ = patterns(200, seed=6)
+        teacher(inputs)
+        student(inputs)
+        return float(distance())
+
+
+def test_hints_bring_features_closer(teacher: nn.Module) -> None:
+    context = patterns_context(teacher)
+    owners = Prune().groups(teacher, context.example)
+    cut = Step("prune", {owner: {"sparsity": 0.5} for owner in owners}, {"align": 4})
+    ends: list[float] = []
+    forms: list[dict[str, Scalar]] = [{}, {"match": "hint", "match_weight": 5.0}]
+    for matched in forms:
+        student = copy.deepcopy(teacher)
+        Prune().apply(student, cut, context, 0)
+        step = Step("distill", {}, {**GOOD, "epochs": 8, **matched})
+        replace(METHOD, epoch_examples=256).apply(student, step, context, 0)
+        ends.append(strayed(student, teacher))
+    assert ends[1] < 0.9 * ends[0]
+
+
+@pytest.mark.parametrize("matched", MATCHED, ids=str)
+def test_what_is_matched_leaves_no_trace_in_the_model(matched: dict[str, Scalar]) -> None:
+    model, context = build("residual"), make_context(build("residual", seed=1))
+    names, state = list(model.state_dict()), copy.deepcopy(context.teacher.state_dict())
+    plain = distill(build("residual"), context)
+    achieved = distill(model, context, 0, **matched)
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == [n for n, _ in build("residual").named_parameters()]
+    assert not any(m._forward_hooks for net in (model, context.teacher) for m in net.modules())
+    assert all(torch.equal(value, state[name]) for name, value in context.teacher.state_dict().items())
+    assert {key: achieved[key] for key in matched} == matched
+    assert achieved["matched"] in (1, 5)
+    assert not plain.keys() & {"match", "match_weight", "matched"}
+
+
+@pytest.mark.parametrize("matched", MATCHED, ids=str)
+def test_what_is_matched_is_trained_for(matched: dict[str, Scalar]) -> None:
+    context = make_context(build("residual", seed=1))
+    alone, both = build("residual"), build("residual")
+    distill(alone, context)
+    distill(both, context, 0, **matched)
+    assert changed(alone, both)
+
+
+def test_matching_nothing_is_as_if_it_were_not_asked_for() -> None:
+    context = make_context(build("residual"))
+    absent, none = build("plain"), build("plain")
+    assert distill(absent, context) == distill(none, context, match="none")
+    assert not changed(absent, none)
+
+
+@pytest.mark.parametrize("matched", MATCHED, ids=str)
+@pytest.mark.parametrize("net", ["residual", "attention"])
+def test_matched_rounds_go_on_to_the_last_bit(net: str, matched: dict[str, Scalar], tmp_path: Path) -> None:
+    model = build(net)
+    methods: dict[str, Compressor] = {"prune": Prune(), "distill": METHOD}
+    owners = Prune().groups(model, (images(),))
+    cut = Step("prune", {owner: {"sparsity": 0.5} for owner in owners}, {"align": 4})
+
+    def recovered(epochs: int, store: Cache | None) -> nn.Module:
+        steps = (cut, Step("distill", {}, {**GOOD, **matched, "epochs": epochs}))
+        plan = CompressionPlan(Target("any", "fp32"), steps, 5)
+        return compress(model, plan, methods, make_context(model), store).model
+
+    recovered(2, Cache(tmp_path))
+    resumed, whole = recovered(4, Cache(tmp_path)), recovered(4, None)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_the_loss_that_is_told_is_that_of_the_answers() -> None:
+    context = make_context(build("residual", seed=1))
+    losses = [distill(build("residual"), context, match="hint", match_weight=weight)["loss"] for weight in (1e-9, 1e-8)]
+    assert losses[0] == pytest.approx(float(distill(build("residual"), context)["loss"]), rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_what_was_remembered_of_the_teacher_is_no_help_for_its_insides() -> None:
+    asked: list[int] = []
+
+    def answers(*inputs: Tensor) -> Tensor:
+        asked.append(1)
+        return cast(Tensor, context.teacher(*inputs))
+
+    context = make_context(build("residual"))
+    distill(build("residual", seed=1), replace(context, answers=answers))
+    assert asked
+    asked.clear()
+    distill(build("residual", seed=1), replace(context, answers=answers), match="relation", match_weight=1)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"match": "hnit"}, "distill.match is hnit: expected one of none, hint, attention, relation, cosine"),
+        ({"match": "hint"}, "distill.match_weight is None: expected more than 0"),
+        ({"match": "hint", "match_weight": 0}, "distill.match_weight is 0: expected more than 0"),
+    ],
+)
+def test_a_match_that_cannot_be_is_infeasible(settings: dict[str, Scalar], words: str) -> None:
+    with pytest.raises(Infeasible, match=f"^{words}$"):
+        distill(build("plain"), make_context(build("plain")), 0, **settings)

@@ -140,6 +140,69 @@ def test_a_conditional_knob_is_asked_when_its_value_was_given() -> None:
     assert step == Step("quantize", {"head": {"bits": 4}}, {"group_size": 64})
 
 
+MATCH = {
+    "match": {"choices": ["none", "hint", "relation"]},
+    "match_weight": {"choices": [0.5, 1.0], "when": ["hint", "relation"]},
+}
+PRUNED: dict[str, Scalar] = {
+    "prune.sparsity@stem": 0.5,
+    "prune.sparsity@body.0.a": 0.0,
+    "prune.align": 4,
+    "distill.epochs": 4,
+    "distill.temperature": 2,
+    "distill.learning_rate": 0.01,
+    "deploy.runtime": "one",
+    **{f"quantize.bits@{layer.name}": 32 for layer in LAYERS},
+}
+
+
+def test_a_knob_can_depend_on_any_of_several_answers_of_the_method() -> None:
+    found = space(distill=MATCH)
+    for answer in ("hint", "relation"):
+        trial = FixedTrial({**PRUNED, "distill.match": answer, "distill.match_weight": 0.5})
+        shared = found.sample(trial).steps[1].shared
+        assert (shared["match"], shared["match_weight"]) == (answer, 0.5)
+
+
+def test_the_answer_none_leaves_a_plan_as_if_it_had_not_been_asked() -> None:
+    # There is no answer for the weight: it must not be asked.
+    unasked = space(distill=MATCH).sample(FixedTrial({**PRUNED, "distill.match": "none"}))
+    assert unasked.digest == space().sample(FixedTrial(PRUNED)).digest
+
+
+def test_a_knob_that_can_only_be_none_is_no_knob() -> None:
+    found = space(distill={**MATCH, "match": {"choices": ["none"]}})
+    assert "distill.match" not in names(found)
+    assert found.sample(FixedTrial(PRUNED)).digest == space().sample(FixedTrial(PRUNED)).digest
+
+
+def with_qat() -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+        "prune": Fake("prune", Stage.STRUCTURE, ("sparsity", 0.0)),
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+        "qat": Fake("qat", Stage.RECOVER, ("epochs", 0)),
+    }
+    spaces = {**SPACES, "qat": {"when": "numbers", "epochs": {"choices": [0, 2, 4]}}}
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(spaces, compressors, {**GROUPS, "qat": {}}, LAYERS, runtimes)
+
+
+def test_what_needs_numbers_is_asked_after_them_and_runs_before_them() -> None:
+    found = with_qat()
+    bits = {**PRUNED, "quantize.bits@stem": 8, "qat.epochs": 2}
+    assert [step.method for step in found.sample(FixedTrial(bits)).steps] == ["prune", "distill", "qat", "quantize"]
+    # There is no answer for its epochs: it must not be asked.
+    assert [step.method for step in found.sample(FixedTrial(PRUNED)).steps] == ["prune", "distill"]
+
+
+def test_what_needs_numbers_is_left_to_the_sampler() -> None:
+    for sparing in (False, True):
+        plans = [with_qat().sample(FixedTrial(answers)) for answers in with_qat().uniform(sparing)]
+        assert any(step.method == "quantize" for plan in plans for step in plan.steps)
+        assert not any(step.method == "qat" for plan in plans for step in plan.steps)
+
+
 def test_layers_left_alone_do_not_appear_in_the_plan() -> None:
     answers = next(a for a in space().uniform() if a.get("prune.sparsity@stem") == 0.5)
     plan = space().sample(FixedTrial(answers))

@@ -1,0 +1,215 @@
+"""How a changed model is trained: its epochs, the rate and arithmetic of its steps, and a teacher to answer alike."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+
+from compressors.errors import Infeasible, at_least
+from compressors.pipeline import Batch, Context, Stage
+from compressors.plan import Scalar, Settings
+
+PASSES = 4
+FULL_RATE = 144
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over examples of KL(teacher / T || student / T) times T squared (Hinton 2015, arXiv 1503.02531).
+
+    Logits are `(..., classes)`. The factor keeps the gradient's size the same at every temperature.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        log_target=True,
+        reduction="none",
+    )
+    return temperature**2 * divergence.sum(-1).mean()
+
+
+def schedule(done: float, warmup: float) -> float:
+    """The learning rate as a share of its peak, `done` of a round being through: up along a line, down a cosine."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def checked(method: str, settings: Settings) -> tuple[float, float, float]:
+    """Temperature, weight and learning rate; `Infeasible` where one of these, or `epochs`, is missing or wrong."""
+    whole_epochs(method, settings)
+    return (
+        number(method, settings, "temperature", "more than 0", lambda value: value > 0),
+        number(method, settings, "weight", "a share from 0 to 1", lambda value: 0 <= value <= 1),
+        number(method, settings, "learning_rate", "more than 0", lambda value: value > 0),
+    )
+
+
+def whole_epochs(method: str, settings: Settings) -> int:
+    """How many are asked for; `Infeasible` where that is no whole number, 0 or more."""
+    expected = "a whole number, 0 or more"
+    return int(number(method, settings, "epochs", expected, lambda value: value >= 0 and value == int(value)))
+
+
+def number(method: str, settings: Settings, key: str, expected: str, fits: Callable[[float], bool]) -> float:
+    """A setting of a method; `Infeasible` where it is missing, no finite number, or does not fit."""
+    value = settings.get(key)
+    if not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
+        raise Infeasible(f"{method}.{key} is {value}: expected {expected}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the student is pulled towards, and how hard."""
+
+    teacher: Callable[..., Tensor]
+    label_loss: Callable[[Tensor, Tensor], Tensor] | None
+    temperature: float
+    weight: float
+    learning_rate: float
+    half: bool
+
+    @classmethod
+    def read(cls, method: str, settings: Settings, context: Context, half: bool) -> "Goal":
+        """From `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`."""
+        temperature, weight, rate = checked(method, settings)
+        return cls(context.answers or context.teacher, context.loss, temperature, weight, rate, half)
+
+    def loss(self, student: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Without labels only the teacher counts."""
+        inputs, target = batch
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                wanted = self.teacher(*inputs).float()
+            output = student(*inputs).float()
+        imitation = distillation_loss(output, wanted, self.temperature)
+        if target is None or self.label_loss is None:
+            return imitation
+        return self.weight * imitation + (1 - self.weight) * self.label_loss(output, target)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A method that trains the whole model with AdamW; its fields are what a plan does not hold.
+
+    An epoch is `epoch_examples` examples, or `PASSES` passes over a small training split. The learning rate rises
+    over the first `warmup` share of the steps and falls over the rest.
+    """
+
+    weight_decay: float
+    warmup: float
+    clip_norm: float
+    epoch_examples: int
+
+    method: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.RECOVER
+    off: ClassVar[tuple[str, Scalar]] = ("epochs", 0)
+
+    def __post_init__(self) -> None:
+        """Refuses epochs without an example."""
+        at_least(1, **{f"compressor.{self.method}.epoch_examples": self.epoch_examples})
+
+    def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
+        """None: the whole model is trained."""
+        return {}
+
+    def train(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: Callable[[Batch], Tensor],
+        peak: float,
+        epochs: range,
+        context: Context,
+        pull: Callable[[], Tensor] | None = None,
+    ) -> float:
+        """The mean `loss` of the last of `epochs`; `pull` is minimised with it, after it was computed, but not told.
+
+        Raises `Infeasible` as soon as the loss is not finite.
+        """
+        optimizer = torch.optim.AdamW(_groups(parameters), weight_decay=self.weight_decay)
+        steps = self._steps(context)
+        losses: list[float] = []
+        for passed, epoch in enumerate(epochs):
+            losses.clear()
+            for index, batch in enumerate(self._epoch(context)):
+                rate = peak * schedule((passed + (index + 1) / steps) / len(epochs), self.warmup)
+                losses.append(self._step(optimizer, batch, loss, pull, rate))
+                if not math.isfinite(losses[-1]):
+                    raise Infeasible(f"{self.method} diverged: the loss is {losses[-1]} in epoch {epoch + 1}")
+            context.progress(f"{self.method} epoch {epoch + 1} of {epochs.stop}, loss {mean(losses):.3f}")
+        return mean(losses)
+
+    def _epoch(self, context: Context) -> Iterator[Batch]:
+        """`epoch_examples` examples, or `PASSES` passes over a small training split; each pass is shuffled anew."""
+        seen = 0
+        for _ in range(PASSES):
+            for batch in context.train():
+                yield batch
+                seen += len(batch[0][0])
+                if seen >= self.epoch_examples:
+                    return
+
+    def _steps(self, context: Context) -> int:
+        """Batches in one epoch; only a pass tells, and without the model it costs next to nothing."""
+        steps = sum(1 for _ in self._epoch(context))
+        if steps == 0:
+            raise Infeasible(f"{self.method} has no training batches: expected at least one")
+        return steps
+
+    def _step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        loss: Callable[[Batch], Tensor],
+        pull: Callable[[], Tensor] | None,
+        rate: float,
+    ) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        told = loss(batch)
+        optimizer.zero_grad()
+        (told if pull is None else told + pull()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), self.clip_norm)
+        optimizer.step()
+        return told.item()
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """By their share of the learning rate.
+
+    Adam moves every weight equally far, so an output of many inputs moves further than one of few: above `FULL_RATE`
+    inputs the rate falls with their number (Yang 2022, arXiv 2203.03466), and one choice of it suits narrow and wide.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+        groups.setdefault(min(1.0, FULL_RATE / inputs), []).append(parameter)
+    return [{"params": together, "share": share} for share, together in groups.items()]
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Every parameter learns inside; outside they are as they were, and the model is in eval mode.
+
+    Inside, channels come last in memory: convolutions and their gradients are faster so.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    images = [p for p in model.parameters() if p.dim() == 4]
+    try:
+        model.train().requires_grad_(True)
+        for parameter in images:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        model.eval()
+        for parameter in images:
+            parameter.data = parameter.data.contiguous()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
