@@ -12,7 +12,7 @@ from compressors.errors import ConfigError
 from compressors.layers import inside
 from compressors.pipeline import Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
-from evaluators.runtime import Runtime, Support
+from evaluators.runtime import CODEBOOK, Runtime, Support
 
 GRANULARITIES = ("layer", "block", "model")
 RUNTIME_KNOB = "deploy.runtime"
@@ -130,7 +130,8 @@ class SearchSpace:
             if step is not None:
                 steps.append(step)
                 structural |= method.stage is Stage.STRUCTURE
-                gone |= set(step.per_layer) if method.removes else set()
+                # What a numeric method decides about, no other one is asked for.
+                gone |= set(step.per_layer) if method.removes or method.stage is Stage.NUMERIC else set()
         return CompressionPlan(self._target(pick), tuple(steps), self.seed)
 
     def _target(self, pick: Callable[[Knob], Scalar]) -> Target:
@@ -348,23 +349,25 @@ def block_of(name: str) -> str:
 
 
 def _check_kernels(method: Method, kinds: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> None:
-    """A key named `bits` is a layer's width, whatever the method: every runtime in the space must take it."""
+    """Keys named `bits` and `clusters` are a layer's widths, whatever the method: every runtime must take them."""
     for knob in method.deciding + method.others:
-        if knob.key != "bits":
-            continue
-        for kind in sorted({kinds[owner] for owner in knob.owners}):
-            for runtime in runtimes.values():
-                for bits in knob.choices:
-                    if not isinstance(bits, int):
-                        raise ConfigError(
-                            f"compressor.{method.name}.space.bits", f"{bits!r} is no width", "give 8 or 32"
-                        )
-                    if runtime.support(kind, int(bits)) is Support.REFUSED:
-                        possible = [
-                            b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED
-                        ]
-                        raise ConfigError(
-                            f"compressor.{method.name}.space.bits",
-                            f"{bits} bits for {kind} layers ({knob.owners[0]}) has no kernel in {runtime.name}",
-                            f"{runtime.name} takes {possible} for {kind}; or leave {runtime.name} out of runtime=[...]",
-                        )
+        if knob.key == "clusters":
+            counts = [n for n in knob.choices if isinstance(n, int) and n > 0]
+            for bits in sorted({(n - 1).bit_length() for n in counts}):
+                _check_width(method, knob, CODEBOOK, bits, runtimes)
+        for kind in sorted({kinds[owner] for owner in knob.owners}) if knob.key == "bits" else ():
+            for width in knob.choices:
+                if not isinstance(width, int):
+                    raise ConfigError(f"compressor.{method.name}.space.bits", f"{width!r} is no width", "give 8 or 32")
+                _check_width(method, knob, kind, width, runtimes)
+
+
+def _check_width(method: Method, knob: Knob, kind: str, bits: int, runtimes: Mapping[str, Runtime]) -> None:
+    for runtime in runtimes.values():
+        if runtime.support(kind, bits) is Support.REFUSED:
+            possible = [b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED]
+            raise ConfigError(
+                f"compressor.{method.name}.space.{knob.key}",
+                f"{bits} bits for {kind} layers ({knob.owners[0]}) has no kernel in {runtime.name}",
+                f"{runtime.name} takes {possible} for {kind}; or leave {runtime.name} out of runtime=[...]",
+            )

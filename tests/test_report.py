@@ -52,6 +52,8 @@ def test_what_was_done_in_a_few_words() -> None:
     assert describe(BASE) == "uncompressed, openvino fp32"
     assert describe(BEST) == "prune 50 %, distill 4 epochs, int8 2 layers, int4 1 layer, openvino bf16"
     assert describe(trial(5, 0.9, 0.5, Step("fold", {}, {}))) == "fold, openvino bf16"
+    few = Step("cluster", {f"block.{i}": {"clusters": n, "bits": 4} for i, n in enumerate((16, 0, 256, 16))})
+    assert describe(trial(5, 0.9, 0.5, few)) == "256 clusters 1 layer, 16 clusters 2 layers, openvino bf16"
     skip = Step("depth", {"block": {"skip": True}, "tail": {"skip": False}})
     assert describe(trial(5, 0.9, 0.5, skip)) == "skip 1 block, openvino bf16"
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from compressors.cluster import Cluster
 from compressors.distill import Distill
 from compressors.layers import read_layers
 from compressors.pipeline import Compressor
 from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
+from evaluators.runtime import Support
 from search.sensitivity import guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
@@ -128,3 +130,19 @@ def test_the_networks_gradients_are_left_alone(tmp_path: Path) -> None:
     model, _, _ = make("plain", {"prune": PRUNING}, tmp_path)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model(images()), build("plain")(images()))
+
+
+def test_clusters_are_predicted_as_bytes_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountingRuntime, "support", lambda *_: Support.STORAGE)
+    few = {"clusters": {"choices": [0, 256, 16, 4], "granularity": "model"}}
+    model, _, found = make("plain", {"cluster": few}, tmp_path, {"cluster": Cluster()})
+    assert found is not None
+    tables = Tables(found)
+    assert tables.widths == (32,)
+    pick = np.arange(4)[:, None]
+    bytes_left = tables.describe(pick, np.zeros(4, dtype=np.intp))[:, 1]
+    layers = read_layers(model, (images(),))
+    total, head = sum(layer.params for layer in layers), layers[-1].params
+    # 256 centres would weigh more than the weights of the head.
+    assert bytes_left == pytest.approx([1, ((total - head) / 4 + head) / total, 1 / 8, 1 / 16], rel=1e-3)
+    assert (np.diff(tables.loss[0, 0]) > 0).all()
