@@ -207,7 +207,7 @@ def _stored_owners(
     A kernel would need a second copy of what the others store.
     """
     weights = {layer: id(model.get_submodule(layer).get_parameter("weight")) for layer in asked}
-    first = {weights[layer]: layer for layer in reversed(asked)}
+    first = {weight: layer for layer, weight in reversed(weights.items())}
     stored = {
         weights[layer]
         for layer, numbers in asked.items()
@@ -254,7 +254,8 @@ def _factors(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: s
     factors = (rows * wanted_rows).sum(1) / np.maximum((wanted_rows**2).sum(1), np.finfo(np.float32).tiny)
     if np.abs(factors[:, None] * wanted_rows - rows).max() > FOLDED * np.abs(rows).max():
         raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
-    return factors.astype(np.float32)
+    narrow: NDArray[np.float32] = factors.astype(np.float32)
+    return narrow
 
 
 def input_specs(example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:

@@ -37,19 +37,19 @@ def _constant(codes: Bytes, bits: int) -> Any:
 
 
 def _bytes(codes: Bytes, bits: int) -> Bytes:
-    """As OpenVINO's types have them: 3 and 6 bits are in two parts, and 1 and 2 bits fill a byte from its top."""
+    """As OpenVINO's types have them: 3 and 6 bits are in two parts, and single bits fill a byte from its top."""
     if bits == 3:
         return _in_parts(codes, low=2, count=8)
     if bits == 6:
         return _in_parts(codes, low=4, count=4)
-    return _from_the_top(codes, bits) if bits < 4 else pack(codes, bits)
+    return _from_the_top(codes, bits) if bits == 1 else pack(codes, bits)
 
 
 def _in_parts(codes: Bytes, low: int, count: int) -> Bytes:
     """Of every `count` codes two bytes with their `low` lowest bits, and one with the others."""
     filled = np.pad(codes, (0, -codes.size % count))
-    lowest = _from_the_top(filled % (1 << low), low).reshape(-1, 2)
-    highest = _from_the_top(filled >> low, 8 // count).reshape(-1, 1)
+    lowest = _from_the_top(filled % np.uint8(1 << low), low).reshape(-1, 2)
+    highest = _from_the_top(filled >> np.uint8(low), 8 // count).reshape(-1, 1)
     return np.concatenate([lowest, highest], axis=1).reshape(-1)
 
 

@@ -255,8 +255,8 @@ class Tables:
         rate = rates.macs[rows, own] * self.macs[knob.layers]
         rate = rate + rates.bytes[:, None, None] * self.params[knob.layers] * sizes
         apart = classes[:, None, knob.outer] != own[:, :, knob.inner]
-        switches: Floats = rates.switches[:, None] * apart.sum(2) / max(1, layers - 1)
-        return (kept * rate + fixed).sum(2) + switches
+        cost: Floats = (kept * rate + fixed).sum(2) + rates.switches[:, None] * apart.sum(2) / max(1, layers - 1)
+        return cost
 
     def _rivalry(self, k: int, pick: Ints, free: Bools, losses: Floats) -> Floats:
         """`(rows, choices)`: what rivals lose where the knob leaves them alone; not to be paid where they must stay."""
@@ -266,7 +266,8 @@ class Tables:
         on = self._knobs[k].sets.any(1)
         spent = (losses[rows, rivals, pick[:, rivals]] - losses[rows, rivals, self.off[rivals]]).sum(1)
         stay = ((pick[:, rivals] != self.off[rivals]) & ~free[:, rivals]).any(1)
-        return np.where(on, np.where(stay, np.inf, 0.0)[:, None], spent[:, None])
+        spared: Floats = np.where(on, np.where(stay, np.inf, 0.0)[:, None], spent[:, None])
+        return spared
 
 
 def _widths(variants: Sequence[Variant]) -> tuple[int, ...]:

@@ -427,5 +427,5 @@ def test_a_numeric_method_without_layers_is_always_asked() -> None:
 def test_two_methods_may_decide_about_other_layers_but_not_about_one() -> None:
     other = Step("rival", {"b.0": {"bits": 4}})
     assert run(weigh(a_0=4), other).numbers.keys() == {"a.0", "b.0"}
-    with pytest.raises(Infeasible, match=r"^twin: both weigh and rival decide about its weight; turn one of them off"):
+    with pytest.raises(Infeasible, match=r"^head: both weigh and rival decide about its weight; turn one of them off"):
         run(weigh(a_0=4, head=4), Step("rival", {"head": {"bits": 8}}))
