@@ -69,14 +69,15 @@ class Effect:
     """What one setting of one group is expected to do, before anything is recovered.
 
     `loss` is the predicted rise of the loss; `outputs` and `inputs` are the shares of a layer's channels that stay;
-    `bits` are the widths that layers get. Shares from several groups multiply, which is a little too much where their
-    channels lie side by side in one layer's input.
+    `bits` are the widths in which layers compute, `stored` those of weights that only take less space. Shares from
+    several groups multiply, which is a little too much where their channels lie side by side in one layer's input.
     """
 
     loss: float
     outputs: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, float] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
 Question = tuple[str, Settings]

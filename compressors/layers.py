@@ -1,7 +1,7 @@
 """Reads the weighted layers of a model once, before anything is done to it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,14 @@ def read_layers(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[LayerSpe
     for handle in handles:
         handle.remove()
     return tuple(_specs(model, macs, batch=len(example[0])))
+
+
+def weight_groups(layers: Iterable[LayerSpec]) -> dict[str, tuple[str, ...]]:
+    """Owner -> the layers that hold its weight tensor, itself first."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.tied_to or layer.name, []).append(layer.name)
+    return {owner: tuple(members) for owner, members in groups.items()}
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:

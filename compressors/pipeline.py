@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.assistant import assistant_plan
+from compressors.errors import Infeasible
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, digest
 
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
@@ -65,12 +66,14 @@ class LayerNumbers:
     With `values` (int8 tensor in the weight's shape) and `scales` (`(out, groups)`; weight = value * scale, where group
     g covers `group_size` consecutive inputs of a row) the weights are stored as given and computed in the rest
     precision. Without them weights and activations both go to `bits`, with the runtime's own calibrated quantizer.
+    With a `codebook` (float, at most `2 ** bits` entries) `values` are uint8 indices: weight = codebook[value].
     """
 
     bits: int
     values: Tensor | None = None
     scales: Tensor | None = None
     group_size: int | None = None
+    codebook: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that take time to compute and space to keep."""
@@ -208,9 +211,8 @@ def compress(
     made = run.float_model(model)
     numeric = {step.method: run.numbers(made.model, step) for step in run.of_stages(Stage.NUMERIC)}
     achieved = {**made.achieved, **{method: applied.achieved for method, applied in numeric.items()}}
-    numbers = {layer: given for applied in numeric.values() for layer, given in applied.numbers.items()}
     # Sorted, because files must not tell which of them were stored.
-    return Artifact(made.model, plan, run.prefix, achieved, dict(sorted(numbers.items())), run.seconds)
+    return Artifact(made.model, plan, run.prefix, achieved, dict(sorted(_numbers(numeric).items())), run.seconds)
 
 
 def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
@@ -391,6 +393,20 @@ class _Run:
             torch.manual_seed(self.plan.seed)
             yield
         self.seconds[step.method] = self.seconds.get(step.method, 0.0) + time.perf_counter() - began
+
+
+def _numbers(numeric: Mapping[str, Applied]) -> dict[str, LayerNumbers]:
+    """Of all methods, by layer; raises `Infeasible` where two of them decide about one layer."""
+    numbers: dict[str, LayerNumbers] = {}
+    decided: dict[str, str] = {}
+    for method, applied in numeric.items():
+        for layer, given in applied.numbers.items():
+            if layer in decided:
+                raise Infeasible(
+                    f"{layer}: both {decided[layer]} and {method} decide about its weight; turn one of them off there"
+                )
+            decided[layer], numbers[layer] = method, given
+    return numbers
 
 
 def _merged(step: Step, parts: Sequence[Applied]) -> Applied:

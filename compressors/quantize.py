@@ -1,7 +1,7 @@
 """Decides bit-widths and computes low-bit weights; it never touches the model, each runtime places the numbers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
-from compressors.layers import read_layers
+from compressors.layers import read_layers, weight_groups
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
 from compressors.replace import stands_for
 
-BITS: Mapping[str, tuple[int, ...]] = {"conv": (8, 32), "linear": (4, 8, 32)}
+BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embedding"), (2, 3, 4, 6, 8, 32))
 """What can be asked of each kind of layer."""
+
+COMPUTED = {("conv", 8), ("linear", 4), ("linear", 8)}
+"""What runtimes have kernels for. At other widths weights are only stored: the file shrinks, and nothing is faster."""
 
 SMALLEST_GROUP = 16
 
@@ -26,11 +29,12 @@ CLIPS = torch.linspace(0.5, 1.0, 26)
 
 @dataclass(frozen=True)
 class Quantize:
-    """Post-training quantization: 8 bits for weights and activations, or 4 bits for the weights of linear layers.
+    """Post-training quantization: 8 bits for weights and activations, or fewer for the weights alone.
 
-    The 8-bit ranges are calibrated by the runtime that will use them. The 4-bit weights are rounded to the nearest step
-    group by group; the scales add `32 / group_size` bits a weight. It does not help a layer that is already narrow: the
-    conversions around it can cost more than they save.
+    The 8-bit ranges are calibrated by the runtime that will use them. Fewer bits, and 8 of an embedding, are rounded to
+    the nearest step group by group; the scales add `32 / group_size` bits a weight. 4 bits of linear layers have a
+    kernel, all else is only stored smaller. It does not help a layer that is already narrow: the conversions around it
+    can cost more than they save.
     """
 
     method: ClassVar[str] = "quantize"
@@ -38,17 +42,16 @@ class Quantize:
     off: ClassVar[tuple[str, Scalar]] = ("bits", 32)
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
-        """Owner -> the conv and linear layers that hold one weight tensor, or stand in the place of one layer."""
-        layers = [layer for layer in read_layers(model, example) if layer.kind in BITS]
-        owners = {layer.name: stands_for(model, layer.name) for layer in layers if layer.tied_to is None}
-        groups: dict[str, tuple[str, ...]] = dict.fromkeys(owners.values(), ())
-        for layer in layers:
-            if (layer.tied_to or layer.name) in owners:
-                groups[owners[layer.tied_to or layer.name]] += (layer.name,)
+        """Owner -> the layers that hold one weight tensor, or stand in the place of one layer."""
+        groups: dict[str, tuple[str, ...]] = {}
+        held = weight_groups(layer for layer in read_layers(model, example) if layer.kind in BITS)
+        for owner, members in held.items():
+            name = stands_for(model, owner)
+            groups[name] = (*groups.get(name, ()), *members)
         return groups
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
-        """`bits` per layer, and `group_size` for those with 4."""
+        """`bits` per layer, and `group_size` for those whose weights alone are rounded; without it, whole rows."""
         layers = {layer.name: layer for layer in read_layers(model, context.example)}
         groups = self.groups(model, context.example)
         achieved: dict[str, Settings] = {}
@@ -66,29 +69,38 @@ class Quantize:
     ) -> list[Effect]:
         """Rounding errors of the weights alone: what the activations lose is left to the measurements."""
         groups = self.groups(model, example)
-        return [self._effect(model, groups[owner], owner, settings, fisher) for owner, settings in questions]
+        kinds = {layer.name: layer.kind for layer in read_layers(model, example)}
+        return [self._effect(model, groups[owner], kinds, settings, fisher) for owner, settings in questions]
 
     def _effect(
-        self, model: nn.Module, members: Sequence[str], owner: str, settings: Settings, fisher: Fisher
+        self, model: nn.Module, members: Sequence[str], kinds: Mapping[str, str], settings: Settings, fisher: Fisher
     ) -> Effect:
-        name, bits = f"{owner}.weight", int(settings["bits"])
+        name, bits = f"{members[0]}.weight", int(settings["bits"])
         weight = model.get_parameter(name).detach()
+        stored = _is_stored([kinds[member] for member in members], bits)
         try:
-            rounded = _rounded(weight, owner, bits, settings)
+            loss = fisher.rounding(name, _rounded(weight, members[0], bits, stored, settings) - weight)
         except Infeasible:
-            return Effect(math.inf, bits=dict.fromkeys(members, bits))
-        return Effect(fisher.rounding(name, rounded - weight), bits=dict.fromkeys(members, bits))
+            loss = math.inf
+        widths = dict.fromkeys(members, bits)
+        return Effect(loss, stored=widths) if stored else Effect(loss, bits=widths)
 
 
-def _rounded(weight: Tensor, name: str, bits: int, settings: Settings) -> Tensor:
-    """The float weights that `bits` stand for; 8 bits as the runtimes do it, one scale an output channel."""
+def _is_stored(kinds: Iterable[str], bits: Scalar) -> bool:
+    """Whether the layers of these kinds, which hold one weight, only store it: all do as soon as one of them does."""
+    return bits != 32 and any((kind, bits) not in COMPUTED for kind in kinds)
+
+
+def _rounded(weight: Tensor, name: str, bits: int, stored: bool, settings: Settings) -> Tensor:
+    """The float weights that `bits` stand for; 8-bit kernels as the runtimes do it, one scale an output channel."""
     if bits == 32:
         return weight
     rows = weight.flatten(1)
-    if bits == 8:
+    if bits == 8 and not stored:
         step = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
         return ((rows / step).round() * step).reshape(weight.shape)
-    return dequantize(*quantize_groups(rows, bits, _group_size(name, rows.shape[1], settings))).reshape(weight.shape)
+    size = _group_size(name, rows.shape[1], stored, settings)
+    return dequantize(*quantize_groups(rows, bits, size)).reshape(weight.shape)
 
 
 def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +140,9 @@ def _together(
     told: list[Settings] = []
     for layer in parts:
         if layer.tied_to is None:
-            made[layer.name], settings = _layer(model, layer, _fitting(layer, owner, bits), shared)
+            kinds = [part.kind for part in parts if layer.name in (part.name, part.tied_to)]
+            width = _fitting(layer, owner, bits)
+            made[layer.name], settings = _layer(model, layer, width, _is_stored(kinds, width), shared)
             told.append(settings)
         else:
             made[layer.name] = made[layer.tied_to]
@@ -144,37 +158,42 @@ def _fitting(layer: LayerSpec, owner: str, bits: Scalar) -> Scalar:
     return 8 if bits == 4 and narrow and layer.name != owner else bits
 
 
-def _layer(model: nn.Module, layer: LayerSpec, bits: Scalar, shared: Settings) -> tuple[LayerNumbers | None, Settings]:
+def _layer(
+    model: nn.Module, layer: LayerSpec, bits: Scalar, stored: bool, shared: Settings
+) -> tuple[LayerNumbers | None, Settings]:
     if bits not in BITS[layer.kind] or not isinstance(bits, int):
         raise Infeasible(f"quantize.bits of {layer.name} is {bits}: a {layer.kind} layer can have {BITS[layer.kind]}")
     if bits == 32:
         return None, {"bits": bits}
-    if bits == 8:
+    if bits == 8 and not stored:
         return LayerNumbers(bits=bits), {"bits": bits}
-    return _low_bit(model.get_parameter(f"{layer.name}.weight").detach(), layer.name, bits, shared)
+    weight = model.get_parameter(f"{layer.name}.weight").detach()
+    return _low_bit(weight, bits, _group_size(layer.name, weight[0].numel(), stored, shared))
 
 
-def _low_bit(weight: Tensor, name: str, bits: int, shared: Settings) -> tuple[LayerNumbers, Settings]:
-    group_size = _group_size(name, weight.shape[1], shared)
-    values, scales = quantize_groups(weight, bits, group_size)
-    error = float(
-        (dequantize(values, scales) - weight).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    )
-    return LayerNumbers(bits, values, scales, group_size), {
+def _low_bit(weight: Tensor, bits: int, group_size: int) -> tuple[LayerNumbers, Settings]:
+    rows = weight.flatten(1)
+    values, scales = quantize_groups(rows, bits, group_size)
+    error = float((dequantize(values, scales) - rows).norm() / rows.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return LayerNumbers(bits, values.reshape(weight.shape), scales, group_size), {
         "bits": bits,
         "group_size": group_size,
         "relative_error": error,
     }
 
 
-def _group_size(name: str, width: int, shared: Settings) -> int:
-    """The size asked for, or the largest power of two that divides the row."""
+def _group_size(name: str, width: int, stored: bool, shared: Settings) -> int:
+    """The size asked for, or the largest power of two that divides the row; or the row, if no kernel has a say."""
     asked = shared.get("group_size")
+    if stored and asked is None:
+        return width
     if not isinstance(asked, int) or asked < SMALLEST_GROUP:
         raise Infeasible(f"quantize.group_size is {asked}: expected a whole number, {SMALLEST_GROUP} or more")
     if width % asked == 0:
         return asked
     divisor = width & -width
+    if divisor < SMALLEST_GROUP and stored:
+        return width
     if divisor < SMALLEST_GROUP:
         raise Infeasible(
             f"quantize.bits of {name} is 4, but no power of two from {SMALLEST_GROUP} up divides its {width} inputs: "

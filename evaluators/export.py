@@ -15,18 +15,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.layers import KINDS
 from compressors.pipeline import Artifact, Batch, LayerNumbers
-from evaluators.runtime import Array, Session, Support, TensorSpec
+from evaluators.packed import Packed, packed
+from evaluators.runtime import CODEBOOK, Array, Session, Support, TensorSpec
 
 OPSET = 17
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 PARITY = 1e-3
 """Largest error of the float graph, relative to the largest output, that still counts as the same model."""
+FOLDED = 1e-5
+"""Largest error of a weight, relative to its largest entry, that still counts as multiplied channel by channel."""
 
 
 def export(artifact: Artifact, example: tuple[Tensor, ...], cache: Path) -> Path:
@@ -157,10 +161,14 @@ def _child(path: str, segment: str, modules: Mapping[str, nn.Module]) -> str | N
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan asks of the graph, per node: whose weights and activations go to 8 bits, and whose weights to 4."""
+    """What a plan asks of the graph, per node: weights and activations in 8 bits, weights in 4, weights stored smaller.
+
+    A runtime that declares neither a kernel nor storage for something is never asked for it.
+    """
 
     int8: frozenset[str]
     int4: Mapping[str, LayerNumbers]
+    packed: Mapping[str, Packed]
 
 
 def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Callable[[str, int], Support]) -> Wanted:
@@ -168,41 +176,86 @@ def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Ca
     nodes = layer_nodes(graph, artifact.model)
     int8: set[str] = set()
     int4: dict[str, LayerNumbers] = {}
-    for layer, numbers in artifact.numbers.items():
-        if numbers.bits == 32:
-            continue
-        _check_numbers(artifact.model.get_submodule(layer), layer, numbers, runtime, support)
+    stored: dict[str, Packed] = {}
+    asked = {layer: numbers for layer, numbers in artifact.numbers.items() if numbers.bits != 32}
+    owners = _stored_owners(artifact.model, asked, support)
+    for layer, numbers in asked.items():
+        _check_numbers(artifact.model.get_submodule(layer), layer, numbers, runtime, support, layer in owners)
         if layer not in nodes:
             raise Infeasible(
                 f"{layer}: the exporter merged it with its neighbours, so it cannot get {numbers.bits} bits"
             )
         if numbers.values is None:
             int8.update(nodes[layer])
-        else:
-            _check_weight(graph, nodes[layer][0], artifact.model.get_submodule(layer), layer)
+            continue
+        factors = _factors(graph, nodes[layer][0], artifact.model.get_submodule(layer), layer)
+        if layer in owners:
+            owner = owners[layer] if factors is None else layer
+            stored.update(dict.fromkeys(nodes[layer], packed(owner, numbers, factors)))
+        elif factors is None:
             int4.update(dict.fromkeys(nodes[layer], numbers))
-    return Wanted(frozenset(int8), int4)
+        else:
+            raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
+    return Wanted(frozenset(int8), int4, stored)
+
+
+def _stored_owners(
+    model: nn.Module, asked: Mapping[str, LayerNumbers], support: Callable[[str, int], Support]
+) -> dict[str, str]:
+    """The layers whose weight is only stored smaller -> the first with that weight; all do as soon as one of them does.
+
+    A kernel would need a second copy of what the others store.
+    """
+    weights = {layer: id(model.get_submodule(layer).get_parameter("weight")) for layer in asked}
+    first = {weight: layer for layer, weight in reversed(weights.items())}
+    stored = {
+        weights[layer]
+        for layer, numbers in asked.items()
+        if support(_form(model.get_submodule(layer), numbers), numbers.bits) is Support.STORAGE
+    }
+    return {layer: first[weight] for layer, weight in weights.items() if weight in stored}
+
+
+def _form(module: nn.Module, numbers: LayerNumbers) -> str:
+    return KINDS[type(module)] if numbers.codebook is None else CODEBOOK
 
 
 def _check_numbers(
-    module: nn.Module, layer: str, numbers: LayerNumbers, runtime: str, support: Callable[[str, int], Support]
+    module: nn.Module,
+    layer: str,
+    numbers: LayerNumbers,
+    runtime: str,
+    support: Callable[[str, int], Support],
+    stored: bool,
 ) -> None:
-    kind = KINDS[type(module)]
-    if support(kind, numbers.bits) is Support.REFUSED:
-        raise Infeasible(f"{layer}: {runtime} has no {numbers.bits}-bit {kind}")
-    if (numbers.bits == 4) != (numbers.values is not None):
+    form = _form(module, numbers)
+    if support(form, numbers.bits) is Support.REFUSED:
+        raise Infeasible(f"{layer}: {runtime} has no {numbers.bits}-bit {form}")
+    if stored and numbers.values is None:
+        raise Infeasible(f"{layer}: {numbers.bits} bits without values; {runtime} only stores them and chooses none")
+    if not stored and (numbers.bits == 4) != (numbers.values is not None):
         given = "no integer values" if numbers.values is None else "integer values"
         raise Infeasible(f"{layer}: {numbers.bits} bits with {given}; {runtime} places values at 4 bits and only there")
 
 
-def _check_weight(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str) -> None:
-    # Integer values stand for the layer's own weight; a weight the exporter folded something into would be replaced.
+def _factors(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str) -> NDArray[np.float32] | None:
+    """By what the exporter multiplied each output channel, to fold a batch norm into it; None if it changed nothing.
+
+    Values stand for the layer's own weight, and one that was changed in any other way would be replaced.
+    """
     node = next(node for node in graph.graph.node if node.name == node_name)
     tensor = next(t for t in graph.graph.initializer if t.name == weight_name(node))
-    weight = numpy_helper.to_array(tensor)
+    found = numpy_helper.to_array(tensor)
+    found = found.T if node.op_type == "MatMul" else found
     expected = module.get_parameter("weight").detach().numpy()
-    if not np.array_equal(weight.T if node.op_type == "MatMul" else weight, expected):
+    if np.array_equal(found, expected):
+        return None
+    rows, wanted_rows = (x.reshape(len(x), -1).astype(np.float64) for x in (found, expected))
+    factors = (rows * wanted_rows).sum(1) / np.maximum((wanted_rows**2).sum(1), np.finfo(np.float32).tiny)
+    if np.abs(factors[:, None] * wanted_rows - rows).max() > FOLDED * np.abs(rows).max():
         raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
+    narrow: NDArray[np.float32] = factors.astype(np.float32)
+    return narrow
 
 
 def input_specs(example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:

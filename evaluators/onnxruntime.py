@@ -26,6 +26,8 @@ from evaluators.export import (
     wanted,
     weight_name,
 )
+from evaluators.packed import WIDTHS
+from evaluators.packed_onnx import with_packed
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
 KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
@@ -40,6 +42,7 @@ MICROSOFT = "com.microsoft"
 class OnnxRuntime:
     """Float graphs, 8-bit graphs made by its own quantizer and edited per candidate, 4-bit weights for linear layers.
 
+    Weights without a kernel are stored packed and unpacked by the constant folding of loading.
     `calibration_examples` are looked at to set the ranges of 8-bit activations.
     """
 
@@ -59,8 +62,10 @@ class OnnxRuntime:
         return ("fp32",)
 
     def support(self, kind: str, bits: int) -> Support:
-        """Only what has a kernel; a 4-bit convolution would be unpacked on every call and be slower than float."""
-        return Support.KERNEL if bits == 32 or (kind, bits) in KERNELS else Support.REFUSED
+        """Other widths than those with a kernel are unpacked to float weights when the file is loaded."""
+        if bits == 32 or (kind, bits) in KERNELS:
+            return Support.KERNEL
+        return Support.STORAGE if bits in WIDTHS else Support.REFUSED
 
     def deploy(self, artifact: Artifact, context: Context, folder: Path, cache: Path) -> Deployed:
         """Write `model.onnx`."""
@@ -77,6 +82,8 @@ class OnnxRuntime:
             model = keep_int8(model, load_graph(full / "model.onnx"), ask.int8)
         if ask.int4:
             model = _place_int4(model, ask.int4)
+        if ask.packed:
+            model = _assemble(model, *with_packed(model.graph, ask.packed))
         folder.mkdir(parents=True, exist_ok=True)
         onnx.save(model, folder / "model.onnx")
         return Deployed(self, folder, precision, input_specs(context.example))

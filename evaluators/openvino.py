@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU; the only importer of openvino and nncf."""
+"""OpenVINO on the CPU; the only importer of nncf, and but for `packed_openvino.py` of openvino."""
 
 import contextlib
 import io
@@ -19,6 +19,8 @@ from openvino.passes import ConstantFolding, Manager
 from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Artifact, Context, LayerNumbers
 from evaluators.export import calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
+from evaluators.packed import WIDTHS, Packed
+from evaluators.packed_openvino import reshaped, unpacked
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
 KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
@@ -30,6 +32,7 @@ WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 class OpenVINO:
     """Float graphs, 8-bit graphs made by NNCF and edited per candidate, and 4-bit weights for linear layers.
 
+    Weights without a kernel are stored packed and unpacked by the constant folding of compiling.
     `calibration_examples` are looked at to set the ranges of 8-bit activations.
     """
 
@@ -50,8 +53,10 @@ class OpenVINO:
         return ("fp32", "bf16") if "BF16" in able else ("fp32",)
 
     def support(self, kind: str, bits: int) -> Support:
-        """Only what has a kernel; other widths would be stored small at best, and then computed as float."""
-        return Support.KERNEL if bits == 32 or (kind, bits) in KERNELS else Support.REFUSED
+        """Other widths than those with a kernel are unpacked to float weights when the file is compiled."""
+        if bits == 32 or (kind, bits) in KERNELS:
+            return Support.KERNEL
+        return Support.STORAGE if bits in WIDTHS else Support.REFUSED
 
     def deploy(self, artifact: Artifact, context: Context, folder: Path, cache: Path) -> Deployed:
         """Write `model.xml` and `model.bin`."""
@@ -67,7 +72,8 @@ class OpenVINO:
             model = _read(once(full, lambda made: self._write_int8(base, context, made))).clone()
             keep_int8(model, _weights(_read(base)), _operations(_read(base), ask.int8))
         for node, numbers in ask.int4.items():
-            _place_int4(model, node, numbers)
+            _place(model, node, _decompressed(numbers, node))
+        _place_packed(model, ask.packed)
         folder.mkdir(parents=True, exist_ok=True)
         _save(model, folder, half=precision == "bf16")
         return Deployed(self, folder, precision, input_specs(context.example))
@@ -268,14 +274,28 @@ def _nearest(starts: list[Any], step: Callable[[Any], Iterator[Any]], weights: M
     return found
 
 
-def _place_int4(model: ov.Model, node: str, numbers: LayerNumbers) -> None:
+def _place(model: ov.Model, node: str, weight: Any) -> None:
+    """Let a MatMul multiply with a weight `(out, in)`, as which the plugin knows compressed ones."""
     op = _find(model, node)
     _past_quantizer(op.input(0))
-    # The plugin knows compressed weights by this chain, with the weight as (out, in).
     name = op.get_friendly_name()
-    replacement = opset13.matmul(op.input_value(0), _decompressed(numbers, name), False, True)
+    replacement = opset13.matmul(op.input_value(0), weight, False, True)
     op.output(0).replace(replacement.output(0))
     replacement.set_friendly_name(name)
+    model.validate_nodes_and_infer_types()
+
+
+def _place_packed(model: ov.Model, stored: Mapping[str, Packed]) -> None:
+    weights = {name: unpacked(weight) for name, weight in {w.name: w for w in stored.values()}.items()}
+    lookups = {op.get_friendly_name(): op for op in model.get_ops() if op.get_type_name() == "Gather"}
+    for node, weight in stored.items():
+        op = lookups.get(node) or _find(model, node)
+        if op.get_type_name() == "MatMul":
+            _place(model, node, weights[weight.name])
+            continue
+        port = op.input(0 if op.get_type_name() == "Gather" else 1)
+        # A convolution in groups has an axis more.
+        port.replace_source_output(reshaped(weights[weight.name], tuple(port.get_shape())).output(0))
     model.validate_nodes_and_infer_types()
 
 

@@ -19,6 +19,10 @@ Session = Callable[..., NDArray[np.float32]]
 Loader = Callable[[str, str, int | None, int], Session]
 
 
+CODEBOOK = "codebook"
+"""What `support` is asked instead of a layer kind when any layer's weights are indices into a table."""
+
+
 class Support(Enum):
     """What a runtime makes of a layer kind at a bit-width."""
 
@@ -47,7 +51,7 @@ class Runtime(Protocol):
         """The precisions in which this machine really computes what is not quantized, `fp32` first."""
 
     def support(self, kind: str, bits: int) -> Support:
-        """What becomes of a layer kind at `bits`; 32 always means: not quantized."""
+        """What becomes of a layer kind, or a `CODEBOOK`, at `bits`; 32 always means: not quantized."""
 
     def deploy(self, artifact: Artifact, context: Context, folder: Path, cache: Path) -> "Deployed":
         """Write the artifact as this runtime's own files into the empty `folder`.

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluators.machine import machine, versions
-from evaluators.runtime import Runtime, Support
+from evaluators.runtime import CODEBOOK, Runtime, Support
 
-KINDS = ("conv", "linear", "embedding")
+KINDS = ("conv", "linear", "embedding", CODEBOOK)
 BITS = (2, 3, 4, 6, 8)
 MARKS = {Support.KERNEL: "kernel", Support.STORAGE: "size only", Support.REFUSED: "-"}
 

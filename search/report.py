@@ -115,16 +115,18 @@ def _left_out(records: Sequence[TrialRecord], alike: int) -> Iterator[str]:
 
 
 def describe(record: TrialRecord) -> str:
-    """What was done, in a few words; of what reports `bits`, `sparsity`, `skip`, `weights` or `epochs`, how much."""
+    """What was done, in a few words; speaks of any method that reports a key which is known here."""
     steps = [_step(s.method, s.shared, record.achieved.get(s.method, s.per_layer)) for s in record.plan.steps]
     target = f"{record.plan.target.runtime} {record.plan.target.precision}"
     return ", ".join([*(steps or ["uncompressed"]), target])
 
 
 def _step(method: str, shared: Settings, achieved: Mapping[str, Settings]) -> str:
-    bits = Counter(s["bits"] for s in achieved.values() if "bits" in s)
-    if bits:
-        return ", ".join(f"int{b} {n} layer{'s' * (n > 1)}" for b, n in sorted(bits.items(), reverse=True))
+    for key, words in (("clusters", "{} clusters"), ("bits", "int{}")):
+        counts = Counter(s[key] for s in achieved.values() if s.get(key))
+        if counts:
+            found = sorted(counts.items(), reverse=True)
+            return ", ".join(f"{words.format(value)} {n} layer{'s' * (n > 1)}" for value, n in found)
     shares = [100 * float(s["sparsity"]) for s in achieved.values() if "sparsity" in s]
     if shares:
         low, high = round(min(shares)), round(max(shares))

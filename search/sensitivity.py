@@ -21,7 +21,7 @@ EXAMPLES = 32
 MOST_VARIANTS = 9
 RANGE_LEVELS = 6
 # Raised whenever predictions are made in another way.
-FORMAT = 1
+FORMAT = 2
 
 
 def guide(
@@ -97,7 +97,8 @@ def _sum(effects: Sequence[Effect]) -> Effect:
             for layer, share in getattr(effect, shares).items():
                 total[layer] = total.get(layer, 1.0) * share
     bits = {layer: width for effect in effects for layer, width in effect.bits.items()}
-    return Effect(sum(effect.loss for effect in effects), outputs, inputs, bits)
+    stored = {layer: width for effect in effects for layer, width in effect.stored.items()}
+    return Effect(sum(effect.loss for effect in effects), outputs, inputs, bits, stored)
 
 
 def _levels(knob: Knob) -> tuple[Scalar, ...]:

@@ -11,6 +11,7 @@ from compressors.plan import LayerSpec, Scalar
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
+Bools = NDArray[np.bool_]
 Answers = Mapping[str, Scalar]
 
 FULL_BITS = 32
@@ -64,14 +65,17 @@ class _Knob:
     """The layers that a knob touches.
 
     `shares` are logarithms of what they keep `(variants, choices, layers)`, and `outputs` the part of that which is
-    output channels; `classes` their precisions `(choices, layers)` if the knob sets them, `inner` and `outer` the pairs
-    of touched and untouched neighbours in model order.
+    output channels; `sets` says where the knob decides about their numbers `(choices, layers)`, and there `classes` are
+    the precisions in which they compute and `sizes` the shares of their bytes that are stored. `inner` and `outer` are
+    the pairs of touched and untouched neighbours in model order.
     """
 
     layers: Ints
     shares: Floats
     outputs: Floats
-    classes: Ints | None
+    sets: Bools
+    classes: Ints
+    sizes: Floats
     inner: Ints
     outer: Ints
 
@@ -101,6 +105,7 @@ class Tables:
         self._hidden_by = [
             [k for k, other in enumerate(self.names) if other in guide.hidden_by.get(name, ())] for name in self.names
         ]
+        self._rivals = [self._rivals_of(k) for k in range(len(self.names))]
         self.same = self._same(guide.variants)
         twins = self.same != np.arange(self.loss.shape[2])
         # Two names of one thing: only one of them is ever proposed.
@@ -138,22 +143,33 @@ class Tables:
         effects = [list(variant.effects[name].values()) for variant in variants]
         every = [effect for row in effects for effect in row]
         # Norms shrink too, but cost next to nothing.
-        named = {layer for e in every for layer in (*e.outputs, *e.inputs, *e.bits)}
+        named = {layer for e in every for layer in (*e.outputs, *e.inputs, *e.bits, *e.stored)}
         touched = sorted(named & set(index), key=index.__getitem__)
         most = self.loss.shape[2]
         shares, outputs = (np.zeros((len(variants), most, len(touched))) for _ in range(2))
-        classes = np.full((most, len(touched)), self.widths.index(FULL_BITS))
+        computed, stored = (np.full((most, len(touched)), FULL_BITS) for _ in range(2))
         for v, row in enumerate(effects):
             for c, effect in enumerate(row):
                 outputs[v, c] = [_log(effect.outputs.get(layer, 1.0)) for layer in touched]
                 shares[v, c] = outputs[v, c] + [_log(effect.inputs.get(layer, 1.0)) for layer in touched]
-                classes[c] = [self.widths.index(effect.bits.get(layer, FULL_BITS)) for layer in touched]
+                computed[c] = [effect.bits.get(layer, FULL_BITS) for layer in touched]
+                stored[c] = [effect.stored.get(layer, bits) for layer, bits in zip(touched, computed[c], strict=True)]
         layers = np.array([index[layer] for layer in touched], dtype=np.intp)
         pairs = [(i, n) for i, at in enumerate(layers) for n in (at - 1, at + 1) if 0 <= n < len(index)]
         pairs = [(i, n) for i, n in pairs if n not in layers]
-        sets_bits = any(effect.bits for effect in every)
         inner, outer = (np.array(side, dtype=np.intp) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
-        return _Knob(layers, shares, outputs, classes if sets_bits else None, inner, outer)
+        classes: Ints = np.searchsorted(self.widths, computed)
+        return _Knob(layers, shares, outputs, stored < FULL_BITS, classes, stored / FULL_BITS, inner, outer)
+
+    def _rivals_of(self, k: int) -> Ints:
+        """The knobs of other methods that decide about the numbers of the same layers: a plan can have one of them."""
+        mine = self._knobs[k]
+        rivals = [
+            i
+            for i, other in enumerate(self._knobs)
+            if i != k and mine.sets.any() and other.sets.any() and np.isin(mine.layers, other.layers).any()
+        ]
+        return np.array(rivals, dtype=np.intp)
 
     def hidden(self, pick: Ints, k: int) -> NDArray[np.bool_]:
         """`(rows,)`: whether knob `k` is not asked, because of one that is on."""
@@ -168,13 +184,16 @@ class Tables:
             total[:, knob.layers] += knob.shares[variant, pick[:, k]]
         return total
 
-    def classes(self, pick: Ints) -> Ints:
-        """`(rows, layers)`: index into `widths`."""
-        found = np.full((len(pick), len(self.macs)), self.widths.index(FULL_BITS), dtype=np.intp)
+    def numbers(self, pick: Ints) -> tuple[Ints, Floats]:
+        """`(rows, layers)` both: the precision of each layer as an index into `widths`; which share of it is stored."""
+        classes = np.full((len(pick), len(self.macs)), self._full, dtype=np.intp)
+        sizes = np.ones(classes.shape)
         for k, knob in enumerate(self._knobs):
-            if knob.classes is not None:
-                found[:, knob.layers] = knob.classes[pick[:, k]]
-        return found
+            if knob.sets.any():
+                at, sets = knob.layers, knob.sets[pick[:, k]]
+                classes[:, at] = np.where(sets, knob.classes[pick[:, k]], classes[:, at])
+                sizes[:, at] = np.where(sets, knob.sizes[pick[:, k]], sizes[:, at])
+        return classes, sizes
 
     def describe(self, pick: Ints, variant: Ints) -> Floats:
         """`(rows, features)`: 1; bytes of the weights; MACs and layers per precision, switches, odd widths; as shares.
@@ -182,9 +201,9 @@ class Tables:
         The regressors of a latency surrogate: summing what layers save each by itself misses what a mixture costs.
         Widths are odd that are no multiple of what kernels take at once. Layers that are left out count nowhere.
         """
-        shares, classes = np.exp(self.log_shares(pick, variant)), self.classes(pick)
+        shares, (classes, sizes) = np.exp(self.log_shares(pick, variant)), self.numbers(pick)
         left = shares > GONE
-        columns = [np.ones(len(pick)), (shares * self.params * self._byte_share[classes]).sum(1)]
+        columns = [np.ones(len(pick)), (shares * self.params * sizes).sum(1)]
         columns += [(shares * self.macs * (classes == c)).sum(1) for c in range(len(self.widths))]
         columns += [((classes == c) & left).mean(1) for c in range(len(self.widths))]
         switched = (classes[:, 1:] != classes[:, :-1]) & left[:, 1:] & left[:, :-1]
@@ -200,50 +219,67 @@ class Tables:
         return total
 
     @property
-    def _byte_share(self) -> Floats:
-        return np.array(self.widths) / FULL_BITS
+    def _full(self) -> int:
+        return self.widths.index(FULL_BITS)
 
-    def solve(
-        self, pick: Ints, variant: Ints, free: NDArray[np.bool_], losses: Floats, rates: Rates, sweeps: int = 2
-    ) -> Ints:
+    def solve(self, pick: Ints, variant: Ints, free: Bools, losses: Floats, rates: Rates, sweeps: int = 2) -> Ints:
         """Least sum of `losses` `(rows, knobs, choices)` and costs, knob by knob, for every row at once.
 
         Coordinate descent on the Lagrangian: it is not convex, because the shares of a layer's two sides multiply, so
-        the result depends on the start `pick`. Knobs that are not `free` `(rows, knobs)` keep their choice.
+        the result depends on the start `pick`. Knobs that are not `free` `(rows, knobs)` keep their choice. What a knob
+        decides about numbers turns its rivals off.
         """
         pick, rows = pick.copy(), np.arange(len(pick))
-        shares, classes = self.log_shares(pick, variant), self.classes(pick)
-        rate = rates.macs[:, None, :] * self.macs[None, :, None]
-        rate = rate + rates.bytes[:, None, None] * self.params[None, :, None] * self._byte_share
+        shares, (classes, sizes) = self.log_shares(pick, variant), self.numbers(pick)
         for _ in range(sweeps):
             for k, knob in enumerate(self._knobs):
-                table = knob.shares[variant]
-                others = shares[:, knob.layers] - table[rows, pick[:, k]]
+                at, table = knob.layers, knob.shares[variant]
+                others = shares[:, at] - table[rows, pick[:, k]]
                 kept = others[:, None, :] + table
-                total = losses[:, k] + self._cost(knob, np.exp(kept), rate, rates, classes)
+                mine = knob.sets[pick[:, k]]
+                below = np.where(mine, self._full, classes[:, at]), np.where(mine, 1.0, sizes[:, at])
+                total = losses[:, k] + self._cost(knob, np.exp(kept), below, classes, rates)
+                total = total + self._rivalry(k, pick, free, losses)
                 # Of layers that another knob leaves out nothing is asked.
                 asked = (np.exp(others) > GONE).any(1) & ~self.hidden(pick, k)
                 wanted = np.where(asked, total.argmin(1), self.off[k])
                 best = np.where(free[:, k], wanted, pick[:, k])
                 pick[:, k] = best
-                shares[:, knob.layers] = kept[rows, best]
-                if knob.classes is not None:
-                    classes[:, knob.layers] = knob.classes[best]
+                shares[:, at] = kept[rows, best]
+                classes[:, at] = np.where(knob.sets[best], knob.classes[best], below[0])
+                sizes[:, at] = np.where(knob.sets[best], knob.sizes[best], below[1])
+                turned = rows[knob.sets[best].any(1)] if len(self._rivals[k]) else rows[:0]
+                if len(turned):
+                    off = np.where(free[turned], self.off, pick[turned])[:, self._rivals[k]]
+                    pick[turned[:, None], self._rivals[k]] = off
+                    classes[turned], sizes[turned] = self.numbers(pick[turned])
         return pick
 
-    def _cost(self, knob: _Knob, kept: Floats, rate: Floats, rates: Rates, classes: Ints) -> Floats:
-        """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are."""
-        left, per_layer = kept > GONE, rates.layers / len(self.macs)
-        if knob.classes is None:
-            own = np.take_along_axis(rate[:, knob.layers], classes[:, knob.layers, None], 2)[..., 0]
-            fixed = np.take_along_axis(per_layer, classes[:, knob.layers], 1)
-            cost: Floats = (kept * own[:, None, :] + left * fixed[:, None, :]).sum(2)
-            return cost
-        own = rate[:, knob.layers][:, np.arange(len(knob.layers)), knob.classes]
-        cost = (kept * own + left * per_layer[:, knob.classes]).sum(2)
-        apart = classes[:, None, knob.outer] != knob.classes[None, :, knob.inner]
-        switches: Floats = rates.switches[:, None] * apart.sum(2) / max(1, len(self.macs) - 1)
-        return cost + switches
+    def _cost(self, knob: _Knob, kept: Floats, below: tuple[Ints, Floats], classes: Ints, rates: Rates) -> Floats:
+        """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are.
+
+        `below` are precisions and sizes `(rows, layers)` of what it does not decide about.
+        """
+        own = np.where(knob.sets, knob.classes, below[0][:, None, :])
+        sizes = np.where(knob.sets, knob.sizes, below[1][:, None, :])
+        rows, layers = np.arange(len(kept))[:, None, None], len(self.macs)
+        fixed = (kept > GONE) * rates.layers[rows, own] / layers
+        rate = rates.macs[rows, own] * self.macs[knob.layers]
+        rate = rate + rates.bytes[:, None, None] * self.params[knob.layers] * sizes
+        apart = classes[:, None, knob.outer] != own[:, :, knob.inner]
+        cost: Floats = (kept * rate + fixed).sum(2) + rates.switches[:, None] * apart.sum(2) / max(1, layers - 1)
+        return cost
+
+    def _rivalry(self, k: int, pick: Ints, free: Bools, losses: Floats) -> Floats:
+        """`(rows, choices)`: what rivals lose where the knob leaves them alone; not to be paid where they must stay."""
+        rivals, rows = self._rivals[k], np.arange(len(pick))[:, None]
+        if not len(rivals):
+            return np.zeros((1, 1))
+        on = self._knobs[k].sets.any(1)
+        spent = (losses[rows, rivals, pick[:, rivals]] - losses[rows, rivals, self.off[rivals]]).sum(1)
+        stay = ((pick[:, rivals] != self.off[rivals]) & ~free[:, rivals]).any(1)
+        spared: Floats = np.where(on, np.where(stay, np.inf, 0.0)[:, None], spent[:, None])
+        return spared
 
 
 def _widths(variants: Sequence[Variant]) -> tuple[int, ...]:

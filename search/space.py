@@ -12,7 +12,7 @@ from compressors.errors import ConfigError
 from compressors.layers import inside
 from compressors.pipeline import CHANGES, Compressor, Removing, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step, Target, digest
-from evaluators.runtime import Runtime, Support
+from evaluators.runtime import CODEBOOK, Runtime, Support
 
 GRANULARITIES = ("layer", "block", "model")
 RUNTIME_KNOB = "deploy.runtime"
@@ -135,21 +135,21 @@ class SearchSpace:
     def plan(self, pick: Callable[[Knob], Scalar]) -> CompressionPlan:
         """The plan that follows from any way of answering knobs.
 
-        A layer is replaced once: methods of that stage are not asked for what one before them has replaced.
+        A layer is replaced once, and its numbers are decided about once: of the methods of such a stage, those behind
+        the first one that does something with a layer are not asked about it.
         """
         steps: dict[str, Step] = {}
         gone: set[str] = set()
-        replaced: set[str] = set()
+        taken: dict[Stage, set[str]] = {Stage.REPLACE: set(), Stage.NUMERIC: set()}
         done: set[Stage | None] = {None}
         # What makes up for numbers runs before them, but whether there are any is only known afterwards.
         for method in sorted(self.methods, key=lambda method: method.needs is Stage.NUMERIC):
-            replaces = method.stage is Stage.REPLACE
-            step = method.step(pick, gone | replaced if replaces else gone) if method.needs in done else None
+            step = method.step(pick, gone | taken.get(method.stage, set())) if method.needs in done else None
             if step is not None:
                 steps[method.name] = step
                 done.add(Stage.STRUCTURE if method.stage in CHANGES else method.stage)
                 gone |= set(step.per_layer) if method.removes else set()
-                replaced |= set(step.per_layer) if replaces else set()
+                taken.get(method.stage, set()).update(step.per_layer)
         ordered = tuple(steps[method.name] for method in self.methods if method.name in steps)
         return CompressionPlan(self._target(pick), ordered, self.seed)
 
@@ -369,23 +369,25 @@ def block_of(name: str) -> str:
 
 
 def _check_kernels(method: Method, kinds: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> None:
-    """A key named `bits` is a layer's width, whatever the method: every runtime in the space must take it."""
+    """Keys named `bits` and `clusters` are a layer's widths, whatever the method: every runtime must take them."""
     for knob in method.deciding + method.others:
-        if knob.key != "bits":
-            continue
-        for kind in sorted({kinds[owner] for owner in knob.owners}):
-            for runtime in runtimes.values():
-                for bits in knob.choices:
-                    if not isinstance(bits, int):
-                        raise ConfigError(
-                            f"compressor.{method.name}.space.bits", f"{bits!r} is no width", "give 8 or 32"
-                        )
-                    if runtime.support(kind, int(bits)) is Support.REFUSED:
-                        possible = [
-                            b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED
-                        ]
-                        raise ConfigError(
-                            f"compressor.{method.name}.space.bits",
-                            f"{bits} bits for {kind} layers ({knob.owners[0]}) has no kernel in {runtime.name}",
-                            f"{runtime.name} takes {possible} for {kind}; or leave {runtime.name} out of runtime=[...]",
-                        )
+        if knob.key == "clusters":
+            counts = [n for n in knob.choices if isinstance(n, int) and n > 0]
+            for bits in sorted({(n - 1).bit_length() for n in counts}):
+                _check_width(method, knob, CODEBOOK, bits, runtimes)
+        for kind in sorted({kinds[owner] for owner in knob.owners}) if knob.key == "bits" else ():
+            for width in knob.choices:
+                if not isinstance(width, int):
+                    raise ConfigError(f"compressor.{method.name}.space.bits", f"{width!r} is no width", "give 8 or 32")
+                _check_width(method, knob, kind, width, runtimes)
+
+
+def _check_width(method: Method, knob: Knob, kind: str, bits: int, runtimes: Mapping[str, Runtime]) -> None:
+    for runtime in runtimes.values():
+        if runtime.support(kind, bits) is Support.REFUSED:
+            possible = [b for b in (2, 3, 4, 6, 8, 16, 32) if runtime.support(kind, b) is not Support.REFUSED]
+            raise ConfigError(
+                f"compressor.{method.name}.space.{knob.key}",
+                f"{bits} bits for {kind} layers ({knob.owners[0]}) has no kernel in {runtime.name}",
+                f"{runtime.name} takes {possible} for {kind}; or leave {runtime.name} out of runtime=[...]",
+            )

@@ -81,6 +81,7 @@ NUMBERS = Applied(
         "head": LayerNumbers(4, VALUES, torch.tensor([[0.1], [0.2]]), 8),
         "twin": LayerNumbers(4, VALUES, torch.ones(2, 2), 4),
         "plain": LayerNumbers(8),
+        "table": LayerNumbers(8, VALUES.to(torch.uint8), codebook=torch.linspace(-1, 1, 200)),
     },
 )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressors.errors import Infeasible
 from compressors.pipeline import (
     ORIGINAL,
     Achieved,
@@ -203,7 +204,13 @@ HOLD, OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
 )
 
 
-METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Hold, Teach, Climb, Count, Weigh)
+class Rival(Weigh):
+    """Another method that decides about the same layers."""
+
+    method = "rival"
+
+
+METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Hold, Teach, Climb, Count, Weigh, Rival)
 
 
 def climb(epochs: int) -> Step:
@@ -473,3 +480,10 @@ def test_a_numeric_method_without_layers_is_always_asked() -> None:
     for _ in range(2):
         assert run(EIGHT, calls=calls, store=disk).numbers == {"head": LayerNumbers(8)}
     assert calls == ["count", "count"]
+
+
+def test_two_methods_may_decide_about_other_layers_but_not_about_one() -> None:
+    other = Step("rival", {"b.0": {"bits": 4}})
+    assert run(weigh(a_0=4), other).numbers.keys() == {"a.0", "b.0"}
+    with pytest.raises(Infeasible, match=r"^head: both weigh and rival decide about its weight; turn one of them off"):
+        run(weigh(a_0=4, head=4), Step("rival", {"head": {"bits": 8}}))

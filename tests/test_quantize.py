@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
+from compressors.fisher import Fisher
 from compressors.pipeline import Applied
 from compressors.plan import Scalar, Settings, Step
 from compressors.quantize import Quantize, dequantize, quantize_groups
@@ -117,20 +119,63 @@ def test_a_factor_too_narrow_for_groups_of_4_bits_gets_8() -> None:
     told = applied.achieved["up"]
     assert (told["bits"], told["group_size"]) == (8, 32)
     assert 0 < float(told["relative_error"]) < 0.15
-    with pytest.raises(Infeasible, match=r"bits of up\.0 is 3"):
-        quantize(model, {"up": 3})
+    with pytest.raises(Infeasible, match=r"bits of up\.0 is 5"):
+        quantize(model, {"up": 5})
 
 
-def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_out() -> None:
-    words, head = nn.Embedding(8, 16), nn.Linear(16, 8)
-    head.weight = words.weight
-    model = nn.Sequential(words, nn.Linear(16, 16), head).eval()
-    assert dict(Quantize().groups(model, (torch.zeros(2, 2).long(),))) == {"1": ("1",)}
+class Language(nn.Module):
+    """The table that tokens are looked up in is the last layer's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 24), nn.Linear(24, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens))  # type: ignore[no-any-return]
 
 
-def test_embeddings_are_left_out() -> None:
-    model = nn.Sequential(nn.Embedding(10, 16), nn.Flatten(), nn.Linear(32, 5)).eval()
-    assert dict(Quantize().groups(model, (torch.zeros(2, 2).long(),))) == {"2": ("2",)}
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_embeddings_are_stored_with_what_is_tied_to_them(bits: int) -> None:
+    model = Language().eval()
+    context = replace(make_context(build("plain")), example=(torch.zeros(2, 2).long(),))
+    assert Quantize().groups(model, context.example) == {"embed": ("embed", "head")}
+    applied = Quantize().apply(model, Step("quantize", {"embed": {"bits": bits}}), context, 0)
+    numbers = applied.numbers["embed"]
+    assert applied.numbers["head"] is numbers
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    assert numbers.scales.shape == (10, 1), "a row has one scale where no group size is asked"
+    assert applied.achieved["embed"]["group_size"] == 24
+    assert len(set(numbers.values.flatten().tolist())) <= 2**bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize(("layer", "group_size", "got"), [("b.0", 32, 16), ("b.0", 16, 16), ("a.0", 16, 27)])
+def test_convolutions_are_rounded_along_their_flattened_rows(bits: int, layer: str, group_size: int, got: int) -> None:
+    model = build("plain")
+    applied = quantize(model, {layer: bits}, group_size)
+    numbers, achieved = applied.numbers[layer], applied.achieved[layer]
+    weight = model.get_parameter(f"{layer}.weight").detach()
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    assert numbers.values.shape == weight.shape
+    assert (numbers.group_size, achieved["group_size"], numbers.scales.shape[1]) == (got, got, weight[0].numel() // got)
+    error = (dequantize(numbers.values.flatten(1), numbers.scales) - weight.flatten(1)).norm() / weight.norm()
+    assert achieved["relative_error"] == pytest.approx(error.item())
+    assert error < 2.0 ** (1 - bits) + 0.1
+
+
+def test_fewer_bits_lose_more_and_only_kernels_compute_in_them() -> None:
+    model = build("attention")
+    squares = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    questions = [("up", {"bits": bits, "group_size": 32}) for bits in (32, 8, 6, 4, 3, 2)]
+    effects = Quantize().effects(model, (images(),), questions, Fisher(squares, {}))
+    losses = [effect.loss for effect in effects]
+    assert losses[0] == 0
+    assert losses == sorted(losses)
+    assert [dict(effect.bits) for effect in effects] == [{"up": 32}, {"up": 8}, {}, {"up": 4}, {}, {}]
+    assert [dict(effect.stored) for effect in effects] == [{}, {}, {"up": 6}, {}, {"up": 3}, {"up": 2}]
 
 
 @pytest.mark.parametrize(("width", "asked", "got"), [(64, 32, 32), (64, 128, 64), (48, 32, 16), (432, 64, 16)])
@@ -142,8 +187,9 @@ def test_a_group_size_that_does_not_fit_becomes_smaller(width: int, asked: int, 
 @pytest.mark.parametrize(
     ("net", "bits", "group_size", "reason"),
     [
-        ("plain", {"a.0": 4}, 32, r"bits of a\.0 is 4: a conv layer can have \(8, 32\)"),
-        ("plain", {"head": 3}, 32, r"bits of head is 3: a linear layer can have \(4, 8, 32\)"),
+        ("plain", {"a.0": 5}, 32, r"bits of a\.0 is 5: a conv layer can have \(2, 3, 4, 6, 8, 32\)"),
+        ("plain", {"head": 16}, 32, r"bits of head is 16: a linear layer can have \(2, 3, 4, 6, 8, 32\)"),
+        ("plain", {"a.0": 3}, 8, r"group_size is 8: expected a whole number, 16 or more"),
         ("plain", {"head": 8.0}, 32, r"bits of head is 8\.0"),
         ("plain", {"head": 4}, 0, r"group_size is 0"),
         ("plain", {"head": 4}, "big", r"group_size is big"),

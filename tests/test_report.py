@@ -55,6 +55,8 @@ def test_what_was_done_in_a_few_words() -> None:
     assert describe(trial(5, 0.9, 0.5, Step("fold", {}, {}))) == "fold, openvino bf16"
     low = Step("lowrank", {"block.0": {"rank": 0.5, "weights": 0.4}, "block.1": {"rank": 1.0}})
     assert describe(trial(5, 0.9, 0.5, low)) == "lowrank 1 layer, openvino bf16"
+    few = Step("cluster", {f"block.{i}": {"clusters": n, "bits": 4} for i, n in enumerate((16, 0, 256, 16))})
+    assert describe(trial(5, 0.9, 0.5, few)) == "256 clusters 1 layer, 16 clusters 2 layers, openvino bf16"
     skip = Step("depth", {"block": {"skip": True}, "tail": {"skip": False}})
     assert describe(trial(5, 0.9, 0.5, skip)) == "skip 1 block, openvino bf16"
 

@@ -302,7 +302,7 @@ def test_a_session_for_one_batch_size(plain: Bench, batch: int) -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else str(x.bits),
 )
-def test_what_has_no_kernel_is_refused_by_name(plain: Bench, layer: str, numbers: LayerNumbers) -> None:
+def test_what_cannot_be_placed_is_refused_by_name(plain: Bench, layer: str, numbers: LayerNumbers) -> None:
     with pytest.raises(Infeasible, match=rf"^{layer}: .*{plain.runtime.name}"):
         plain.deploy({layer: numbers})
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from compressors.cluster import Cluster
 from compressors.distill import Distill
 from compressors.layers import KINDS, read_layers
 from compressors.lowrank import LowRank
@@ -18,6 +19,7 @@ from compressors.prune import Prune
 from compressors.quantize import Quantize
 from compressors.separable import Separable
 from compressors.sparsify import Sparsify
+from evaluators.runtime import Support
 from search.facts import Aim
 from search.proposals import Proposer
 from search.sensitivity import guide
@@ -189,3 +191,19 @@ def test_the_networks_gradients_are_left_alone(tmp_path: Path) -> None:
     model, _, _ = make("plain", {"prune": PRUNING}, tmp_path)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model(images()), build("plain")(images()))
+
+
+def test_clusters_are_predicted_as_bytes_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountingRuntime, "support", lambda *_: Support.STORAGE)
+    few = {"clusters": {"choices": [0, 256, 16, 4], "granularity": "model"}}
+    model, _, found = make("plain", {"cluster": few}, tmp_path, {"cluster": Cluster()})
+    assert found is not None
+    tables = Tables(found)
+    assert tables.widths == (32,)
+    pick = np.arange(4)[:, None]
+    bytes_left = tables.describe(pick, np.zeros(4, dtype=np.intp))[:, 1]
+    layers = read_layers(model, (images(),))
+    total, head = sum(layer.params for layer in layers), layers[-1].params
+    # 256 centres would weigh more than the weights of the head.
+    assert bytes_left == pytest.approx([1, ((total - head) / 4 + head) / total, 1 / 8, 1 / 16], rel=1e-3)
+    assert (np.diff(tables.loss[0, 0]) > 0).all()

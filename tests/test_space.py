@@ -386,3 +386,36 @@ def test_sparing_uniform_plans_have_one_middle_value_a_method_and_the_least_reco
         assert [step.method for step in plan.steps] == ["prune", "distill"]
         assert {s["sparsity"] for s in plan.steps[0].per_layer.values()} == {0.5}
         assert plan.steps[1].shared["epochs"] == 4
+
+
+def with_two_numeric_methods(clusters: list[Scalar], order: tuple[str, str] = ("quantize", "cluster")) -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+        "cluster": Fake("cluster", Stage.NUMERIC, ("clusters", 0)),
+    }
+    entries = {
+        "quantize": {**SPACES["quantize"], "bits": {**SPACES["quantize"]["bits"], "granularity": "layer"}},
+        "cluster": {"clusters": {"choices": clusters, "granularity": "block"}},
+    }
+    groups = {"quantize": GROUPS["quantize"], "cluster": GROUPS["quantize"]}
+    runtime: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(entries, {name: compressors[name] for name in order}, groups, LAYERS, runtime)
+
+
+def test_of_two_numeric_methods_the_first_that_takes_a_layer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRuntime, "kernels", FakeRuntime.kernels | {("codebook", 8), ("codebook", 4)})
+    bits: dict[str, Any] = {f"quantize.bits@{layer.name}": 32 for layer in LAYERS}
+    clusters = {f"cluster.clusters@{block}": 16 for block in ("stem", "body.0", "body.1", "head")}
+    trial = FixedTrial({**bits, **clusters, "quantize.bits@stem": 8, "quantize.bits@body.0.a": 8})
+    first, second = with_two_numeric_methods([0, 256, 16]).sample(trial).steps
+    assert list(first.per_layer) == ["stem", "body.0.a"]
+    assert list(second.per_layer) == ["body.0.b", "body.1.a", "head"]
+    assert "cluster.clusters@stem" not in trial.params, "nothing is left of it to ask"
+    (only,) = with_two_numeric_methods([0, 256, 16], ("cluster", "quantize")).sample(trial).steps
+    assert only.method == "cluster"
+    assert len(only.per_layer) == len(LAYERS)
+
+
+def test_clusters_need_a_runtime_that_takes_their_bits() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.space\.clusters: 4 bits for codebook layers"):
+        with_two_numeric_methods([0, 9, 16])
