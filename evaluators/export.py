@@ -8,7 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +27,10 @@ OPSET = 17
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 PARITY = 1e-3
 """Largest error of the float graph, relative to the largest output, that still counts as the same model."""
+CLIPPED = 1e-4
+"""Share of an activation's values, at each end, that percentile calibration leaves outside of its range."""
+FOLDED = 1e-5
+"""Largest error of a weight, relative to the layer's largest, that still counts as a factor of each channel."""
 
 
 def export(artifact: Artifact, example: tuple[Tensor, ...], cache: Path) -> Path:
@@ -156,32 +160,62 @@ def _child(path: str, segment: str, modules: Mapping[str, nn.Module]) -> str | N
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a runtime's own quantizer makes the 8-bit graph from which candidates are cut; see `LayerNumbers`."""
+
+    calibration: str = "minmax"
+    per_channel: bool = True
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        """Part of a folder's name."""
+        scales = "channel" if self.per_channel else "tensor"
+        return f"{self.calibration}-{scales}{'-symmetric' if self.symmetric else ''}"
+
+
+@dataclass(frozen=True)
 class Wanted:
-    """What a plan asks of the graph, per node: whose weights and activations go to 8 bits, and whose weights to 4."""
+    """What a plan asks of the graph, per node: whose weights and activations go to 8 bits, and whose weights to 4.
+
+    `given` holds those of the 8-bit nodes whose weights are not the quantizer's own, `recipe` is that of all of them.
+    """
 
     int8: frozenset[str]
     int4: Mapping[str, LayerNumbers]
+    given: Mapping[str, LayerNumbers] = field(default_factory=dict)
+    recipe: Recipe = Recipe()
 
 
 def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Callable[[str, int], Support]) -> Wanted:
     """The artifact's numbers by node name; raises `Infeasible` for what the runtime refuses or the graph lost."""
     nodes = layer_nodes(graph, artifact.model)
     int8: set[str] = set()
-    int4: dict[str, LayerNumbers] = {}
+    placed: dict[str, LayerNumbers] = {}
     for layer, numbers in artifact.numbers.items():
         if numbers.bits == 32:
             continue
-        _check_numbers(artifact.model.get_submodule(layer), layer, numbers, runtime, support)
+        module = artifact.model.get_submodule(layer)
+        _check_numbers(module, layer, numbers, runtime, support)
         if layer not in nodes:
             raise Infeasible(
                 f"{layer}: the exporter merged it with its neighbours, so it cannot get {numbers.bits} bits"
             )
-        if numbers.values is None:
+        if numbers.bits == 8:
             int8.update(nodes[layer])
-        else:
-            _check_weight(graph, nodes[layer][0], artifact.model.get_submodule(layer), layer)
-            int4.update(dict.fromkeys(nodes[layer], numbers))
-    return Wanted(frozenset(int8), int4)
+        if numbers.values is not None:
+            fitting = _as_folded(graph, nodes[layer][0], module, layer, numbers)
+            placed.update(dict.fromkeys(nodes[layer], fitting))
+    int4 = {node: numbers for node, numbers in placed.items() if node not in int8}
+    given = {node: numbers for node, numbers in placed.items() if node in int8}
+    return Wanted(frozenset(int8), int4, given, _recipe(artifact.numbers))
+
+
+def _recipe(numbers: Mapping[str, LayerNumbers]) -> Recipe:
+    recipes = {Recipe(n.calibration, n.per_channel, n.symmetric): layer for layer, n in numbers.items() if n.bits == 8}
+    if len(recipes) > 1:
+        told = ", ".join(f"{recipe} for {layer}" for recipe, layer in recipes.items())
+        raise Infeasible(f"8-bit layers disagree on calibration ({told}): one graph is made by one recipe")
+    return next(iter(recipes), Recipe())
 
 
 def _check_numbers(
@@ -190,19 +224,56 @@ def _check_numbers(
     kind = KINDS[type(module)]
     if support(kind, numbers.bits) is Support.REFUSED:
         raise Infeasible(f"{layer}: {runtime} has no {numbers.bits}-bit {kind}")
-    if (numbers.bits == 4) != (numbers.values is not None):
-        given = "no integer values" if numbers.values is None else "integer values"
-        raise Infeasible(f"{layer}: {numbers.bits} bits with {given}; {runtime} places values at 4 bits and only there")
+    if numbers.bits == 4 and numbers.values is None:
+        raise Infeasible(f"{layer}: 4 bits with no integer values; {runtime} does not round to 4 bits by itself")
+    if numbers.values is not None and (numbers.scales is None or numbers.bits not in (4, 8)):
+        raise Infeasible(f"{layer}: {runtime} places integer values with scales, at 4 and at 8 bits")
+    if numbers.bits == 8 and numbers.scales is not None and numbers.scales.shape[1] != 1:
+        raise Infeasible(f"{layer}: 8 bits with {numbers.scales.shape[1]} scales a row; {runtime} multiplies with one")
 
 
-def _check_weight(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str) -> None:
-    # Integer values stand for the layer's own weight; a weight the exporter folded something into would be replaced.
+def _as_folded(
+    graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str, numbers: LayerNumbers
+) -> LayerNumbers:
+    """The same numbers for the weight that the graph has.
+
+    The exporter folds a batch norm into the layer before it, which multiplies each output channel with a factor: the
+    integers stay, and the scales take it. Values of other weights are refused.
+    """
     node = next(node for node in graph.graph.node if node.name == node_name)
     tensor = next(t for t in graph.graph.initializer if t.name == weight_name(node))
-    weight = numpy_helper.to_array(tensor)
-    expected = module.get_parameter("weight").detach().numpy()
-    if not np.array_equal(weight.T if node.op_type == "MatMul" else weight, expected):
+    stored = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+    weight = module.get_parameter("weight").detach()
+    found = (stored.T if node.op_type == "MatMul" else stored).reshape(len(weight), -1)
+    rows = weight.flatten(1)
+    if torch.equal(found, rows):
+        return numbers
+    factors = _factors(found, rows)
+    unlike = (found - factors[:, None] * rows).abs().amax() > FOLDED * found.abs().amax()
+    if unlike or (numbers.bits == 4 and (factors < 0).any()):
         raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
+    return _scaled(numbers, factors)
+
+
+def _factors(found: Tensor, rows: Tensor) -> Tensor:
+    """By which each row was multiplied."""
+    energy = rows.double().square().sum(1)
+    factors = torch.where(energy > 0, (found.double() * rows.double()).sum(1) / energy, 1.0)
+    return factors.float()
+
+
+def _scaled(numbers: LayerNumbers, factors: Tensor) -> LayerNumbers:
+    """Scales stay above zero: a channel without any weight left is given zeros, and a channel's sign its values."""
+    if numbers.values is None or numbers.scales is None:
+        return numbers
+    scales = numbers.scales * factors.abs()[:, None]
+    signs = factors.sign().to(torch.int8).reshape(-1, *[1] * (numbers.values.dim() - 1))
+    return replace(
+        numbers,
+        values=numbers.values * signs,
+        scales=torch.where(scales > 0, scales, scales.amax()),
+        shift=None if numbers.shift is None else numbers.shift * factors,
+    )
 
 
 def input_specs(example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:

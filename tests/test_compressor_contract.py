@@ -152,7 +152,7 @@ def test_same_plan_same_seed_same_weights(name: str, net: str, strength: str) ->
 def _plain(artifact: Artifact) -> dict[str, tuple[object, ...]]:
     """The numbers in a form that can be compared."""
     return {
-        layer: (n.bits, n.group_size, *(None if t is None else t.tolist() for t in (n.values, n.scales)))
+        layer: tuple(field.tolist() if isinstance(field, torch.Tensor) else field for field in vars(n).values())
         for layer, n in artifact.numbers.items()
     }
 

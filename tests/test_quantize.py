@@ -2,68 +2,21 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from compressors.errors import Infeasible
-from compressors.pipeline import Applied
+from compressors.fisher import diagonal_fisher
+from compressors.pipeline import Applied, LayerNumbers
 from compressors.plan import Scalar, Settings, Step
-from compressors.quantize import Quantize, dequantize, quantize_groups
+from compressors.quantize import ROUNDINGS, Quantize
+from compressors.rounding import dequantize, quantize_groups
 from tests.context import make_context
 from tests.zoo import build, images
 
 
-def quantize(model: nn.Module, bits: Mapping[str, Scalar], group_size: Scalar = 32) -> Applied:
-    step = Step("quantize", {layer: {"bits": b} for layer, b in bits.items()}, {"group_size": group_size})
+def quantize(model: nn.Module, bits: Mapping[str, Scalar], group_size: Scalar = 32, **shared: Scalar) -> Applied:
+    step = Step("quantize", {layer: {"bits": b} for layer, b in bits.items()}, {"group_size": group_size, **shared})
     return Quantize().apply(model, step, make_context(model), 0)
-
-
-def weights(seed: int, rows: int = 4, width: int = 64, spread: float = 1.0) -> Tensor:
-    """A few outliers among many small values, as in trained layers."""
-    generator = torch.Generator().manual_seed(seed)
-    return spread * torch.randn(rows, width, generator=generator) ** 3
-
-
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 999), st.sampled_from([16, 32, 64]), st.sampled_from([1e-20, 1e-3, 1.0, 1e6]))
-def test_what_is_not_clipped_is_off_by_half_a_step_at_most(seed: int, group_size: int, spread: float) -> None:
-    weight = weights(seed, spread=spread)
-    values, scales = quantize_groups(weight, 4, group_size)
-    assert values.dtype == torch.int8
-    assert values.shape == weight.shape
-    assert scales.shape == (4, 64 // group_size)
-    assert (scales > 0).all()
-    assert values.min() >= -8
-    assert values.max() <= 7
-    step = scales.repeat_interleave(group_size, 1)
-    inside = (weight >= -8.5 * step) & (weight <= 7.5 * step)
-    error = (dequantize(values, scales) - weight).abs()
-    assert (error[inside] <= 0.5001 * step[inside]).all()
-    assert set(values[~inside].tolist()) <= {-8, 7}
-
-
-@settings(deadline=None)  # the first call of an operation is slow on a busy machine
-@given(st.integers(0, 999))
-def test_clipping_never_costs_more_than_no_clipping(seed: int) -> None:
-    weight = weights(seed)
-    values, scales = quantize_groups(weight, 4, 32)
-    plain = weight.reshape(4, 2, 32).abs().amax(-1, keepdim=True) / 7
-    unclipped = ((weight.reshape(4, 2, 32) / plain).round() * plain).flatten(1)
-    assert (dequantize(values, scales) - weight).norm() <= (unclipped - weight).norm() * (1 + 1e-5)
-
-
-def test_numbers_on_the_grid_come_back_exactly() -> None:
-    values = torch.randint(-7, 8, (3, 32), generator=torch.Generator().manual_seed(0))
-    values[:, 0] = 7
-    back = dequantize(*quantize_groups(values * 0.25, 4, 32))
-    assert torch.equal(back, values * 0.25)
-
-
-def test_a_group_of_zeros_stays_zero() -> None:
-    values, scales = quantize_groups(torch.zeros(2, 32), 4, 16)
-    assert not values.any()
-    assert scales.isfinite().all()
 
 
 def test_bits_decide_what_is_attached() -> None:
@@ -87,6 +40,81 @@ def test_four_bits_say_what_they_cost() -> None:
     assert achieved["relative_error"] == pytest.approx(error.item())
     assert 0 < error < 0.15
     assert (achieved["group_size"], numbers.group_size) == (32, 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_roundings_cost_the_weights_and_the_output_what_they_should(bits: int) -> None:
+    found = {r: quantize(build("attention"), {"up": bits}, rounding=r).achieved["up"] for r in ROUNDINGS[1:]}
+    assert found["mse"]["relative_error"] <= min(float(found[r]["relative_error"]) for r in ("gptq", "descent"))
+    near = quantize(build("attention"), {"up": bits}, rounding="nearest", bias_correction=True).achieved["up"]
+    assert found["mse"]["relative_error"] <= near["relative_error"]
+    assert found["descent"]["output_error"] <= found["gptq"]["output_error"] < 0.9 * float(near["output_error"])
+
+
+def test_convolutions_are_rounded_for_their_output_too() -> None:
+    model = build("depthwise")
+    layers = {"stem.0": 8, "depth.0": 8, "point.0": 8}
+    near = quantize(model, layers, rounding="nearest", bias_correction=True)
+    fitted = quantize(model, layers, rounding="gptq")
+    for layer in layers:
+        numbers, weight = fitted.numbers[layer], model.get_parameter(f"{layer}.weight")
+        assert numbers.values is not None
+        assert numbers.scales is not None
+        assert numbers.values.shape == weight.shape
+        assert numbers.scales.shape == (len(weight), 1)
+        assert fitted.achieved[layer]["output_error"] < near.achieved[layer]["output_error"]
+
+
+def test_8_bits_to_the_nearest_are_left_to_the_runtime() -> None:
+    applied = quantize(build("plain"), {"head": 8, "a.0": 8}, rounding="nearest", calibration="mse", symmetric=True)
+    assert applied.numbers["head"] == LayerNumbers(8, calibration="mse", symmetric=True)
+    assert applied.achieved == {"head": {"bits": 8}, "a.0": {"bits": 8}}
+
+
+def test_plans_that_name_nothing_mean_what_they_meant() -> None:
+    applied = quantize(build("attention"), {"up": 4, "down": 8})
+    values, scales = quantize_groups(build("attention").get_parameter("up.weight"), 4, 32)
+    numbers = applied.numbers["up"]
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    assert torch.equal(numbers.values, values)
+    assert torch.equal(numbers.scales, scales)
+    assert applied.numbers["down"] == LayerNumbers(8)
+
+
+@pytest.mark.parametrize(("layer", "bits"), [("up", 4), ("up", 8), ("query", 8)])
+def test_the_mean_error_of_the_output_goes_into_the_bias(layer: str, bits: int) -> None:
+    """On data like that which was looked at; the weights are clipped, so that there is an error to speak of."""
+    model = build("attention")
+    numbers = quantize(model, {layer: bits}, rounding="nearest", bias_correction=True).numbers[layer]
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    assert numbers.shift is not None
+    module = model.get_submodule(layer)
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(images(32, seed=1))
+    handle.remove()
+    rounded = dequantize(numbers.values, numbers.scales)
+    error = (torch.cat(seen) @ (rounded - module.get_parameter("weight")).T).mean(0)
+    assert (error + numbers.shift).norm() < 0.02 * error.norm()
+
+
+def test_predictions_know_the_rounding() -> None:
+    model = build("attention")
+    fisher = diagonal_fisher(model, make_context(model).calibration(), examples=16)
+    shared: dict[str, Scalar] = {"group_size": 32}
+    questions = [("up", {"bits": bits, **shared, "rounding": r}) for bits in (4, 8) for r in ROUNDINGS]
+    losses = [effect.loss for effect in Quantize().effects(model, (images(),), questions, fisher)]
+    for nearest, mse, gptq, descent in (losses[:4], losses[4:]):
+        assert nearest != mse
+        assert mse == gptq == descent
+    tensor = {"bits": 8, "per_channel": False, "rounding": "nearest"}
+    refused = {**tensor, "rounding": "mse"}
+    coarse, none = Quantize().effects(model, (images(),), [("up", tensor), ("up", refused)], fisher)
+    assert coarse.loss > losses[4]
+    assert none.loss == float("inf")
 
 
 def test_layers_with_one_weight_tensor_share_their_numbers() -> None:
@@ -126,6 +154,28 @@ def test_what_cannot_be_done_is_infeasible(
 ) -> None:
     with pytest.raises(Infeasible, match=reason):
         quantize(build(net), bits, group_size)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("rounding", "up", r"rounding is up: expected one of nearest, mse, gptq, descent"),
+        ("calibration", 3, r"calibration is 3: expected one of minmax, percentile, entropy, mse"),
+        ("bias_correction", 1, r"bias_correction is 1: expected true or false"),
+        ("symmetric", "no", r"symmetric is no: expected true or false"),
+    ],
+)
+def test_unknown_settings_are_infeasible_at_every_width(key: str, value: Scalar, reason: str) -> None:
+    for bits in (4, 8, 32):
+        with pytest.raises(Infeasible, match=reason):
+            quantize(build("attention"), {"up": bits}, **{key: value})
+
+
+@pytest.mark.parametrize("shared", [{"rounding": "gptq"}, {"bias_correction": True}])
+def test_one_scale_for_all_channels_is_the_runtimes_to_choose(shared: Mapping[str, Scalar]) -> None:
+    with pytest.raises(Infeasible, match="per_channel is False"):
+        quantize(build("plain"), {"a.0": 8}, per_channel=False, **shared)
+    assert not quantize(build("plain"), {"a.0": 8}, per_channel=False).numbers["a.0"].per_channel
 
 
 def test_the_model_is_not_touched() -> None:

@@ -15,7 +15,7 @@ from compressors.pipeline import Compressor
 from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
-from search.sensitivity import guide
+from search.sensitivity import MOST_VARIANTS, guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
 from search.workload import Workload, classification
@@ -112,6 +112,40 @@ def test_only_what_a_plan_asks_is_part_of_it(tmp_path: Path) -> None:
     assert set(found.asked(answers)) == {*(knob.name for knob in knobs), "deploy.runtime"}
     whole = answers | {knob.name: 0.0 for knob in knobs if knob.key == "sparsity"}
     assert not any(name.startswith("distill") or name == "prune.align" for name in found.asked(whole))
+
+
+def test_settings_that_no_prediction_tells_apart_are_left_to_trials(tmp_path: Path) -> None:
+    """They would only crowd out those that matter."""
+    quantizing = {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "layer"},
+        "group_size": {"choices": [16, 32], "when": 4},
+        "rounding": {"choices": ["nearest", "mse"]},
+        "calibration": {"choices": ["minmax", "percentile", "mse"], "when": 8},
+        "bias_correction": {"choices": [False, True]},
+    }
+    _, _, found = make("plain", {"quantize": quantizing}, tmp_path)
+    assert found is not None
+    answers = [variant.answers for variant in found.variants]
+    assert answers == [
+        {"quantize.group_size": size, "quantize.rounding": rounding}
+        for size in (16, 32)
+        for rounding in ("nearest", "mse")
+    ]
+
+
+def test_where_there_are_too_many_settings_all_values_stay(tmp_path: Path) -> None:
+    align = {"choices": [1, 2, 4, 8]}
+    pruning = {**PRUNING, "align": align}
+    quantizing = {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "model"},
+        "group_size": {"choices": [16, 32, 64, 128], "when": 4},
+        "rounding": {"choices": ["nearest", "mse", "gptq", "descent"]},
+    }
+    _, _, found = make("plain", {"prune": pruning, "quantize": quantizing}, tmp_path)
+    assert found is not None
+    assert len(found.variants) == 4 * MOST_VARIANTS
+    for key, values in (("group_size", {16, 32, 64, 128}), ("rounding", {"nearest", "mse", "gptq", "descent"})):
+        assert {variant.answers[f"quantize.{key}"] for variant in found.variants} == values
 
 
 def test_a_range_is_predicted_at_some_of_its_values(tmp_path: Path) -> None:
