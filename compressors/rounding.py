@@ -71,7 +71,7 @@ def gptq(weight: Tensor, scales: Tensor, bits: int, inputs: Tensor) -> Tensor:
     correlated.
     """
     moments = _moments(inputs)
-    order = moments.diagonal(dim1=1, dim2=2).argsort(1, descending=True, stable=True)
+    order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     left = _columns(weight.double(), order)
     steps = _columns(_spread(scales, weight.shape[2]), order)
     factor = _inverse_factor(moments, order)
@@ -85,7 +85,7 @@ def gptq(weight: Tensor, scales: Tensor, bits: int, inputs: Tensor) -> Tensor:
             left[..., i:end] -= error[..., None] * factor[:, None, i, i:end]
             errors.append(error)
         left[..., end:] -= torch.stack(errors, -1) @ factor[:, start:end, end:]
-    return _columns(values, order.argsort(1)).to(torch.int8)
+    return _columns(values, order.argsort(dim=1)).to(torch.int8)
 
 
 def descended(weight: Tensor, scales: Tensor, bits: int, inputs: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from compressors.pipeline import Compressor
 from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
+from evaluators.runtime import Support
 from search.sensitivity import MOST_VARIANTS, guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
@@ -31,6 +32,13 @@ RECOVERY = {
 PRUNING = {"sparsity": {"choices": [0.0, 0.25, 0.5], "granularity": "layer"}, "align": {"choices": [1, 4]}}
 
 
+class Able(CountingRuntime):
+    """Has a kernel for everything."""
+
+    def support(self, kind: str, bits: int) -> Support:
+        return Support.KERNEL
+
+
 def make(
     net: str, spaces: Mapping[str, Mapping[str, Any]], folder: Path, more: Mapping[str, Compressor] | None = None
 ) -> tuple[nn.Module, SearchSpace, Guide | None]:
@@ -44,7 +52,7 @@ def make(
     compressors = {name: known[name] for name in spaces}
     groups = {name: c.groups(model, example) for name, c in compressors.items()}
     layers = read_layers(model, example)
-    runtimes = {name: CountingRuntime() for name in ("one", "two")}
+    runtimes = {name: Able() for name in ("one", "two")}
     space = build_space(spaces, compressors, groups, layers, runtimes)
     workload = Workload(f"{net}-noise", model, splits(), classification())
     return model, space, guide(workload, layers, compressors, space, folder)
