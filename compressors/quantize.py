@@ -29,12 +29,13 @@ class Quantize:
     """Post-training quantization: 8 bits for weights and activations, or 4 bits for the weights of linear layers.
 
     The 8-bit ranges are calibrated by the runtime that will use them, which also rounds 8-bit weights to the nearest
-    step. Every other `rounding` is done here: `mse` clips where the weights' squared error is least; `gptq` (Frantar
-    2022, arXiv 2210.17323) and `descent` (Behdin 2023, arXiv 2309.01885) use the same scales and make the error of the
-    layer's output small, on what the float model gives the layer: errors of layers before it are not made good, so
-    that a layer's numbers do not depend on other layers' settings. `bias_correction` takes the mean error of the
-    output out of it (Nagel 2019, arXiv 1906.04721, with measured means). The 4-bit scales add `32 / group_size` bits a
-    weight. None of it helps a layer that is already narrow: the conversions around it can cost more than they save.
+    step. Every other `rounding` is done here. `mse` clips where the weights' squared error is least; that makes the
+    layer's output a little smaller, which at few bits can cost more than clipping saves. `gptq` (Frantar 2022, arXiv
+    2210.17323) and `descent` (Behdin 2023, arXiv 2309.01885) use the same scales and make the error of the output
+    small, on what the float model gives the layer: errors of layers before it are not made good, so that a layer's
+    numbers do not depend on other layers' settings. `bias_correction` takes the mean error of the output out of it
+    (Nagel 2019, arXiv 1906.04721, with measured means). The 4-bit scales add `32 / group_size` bits a weight. None of
+    it helps a layer that is already narrow: the conversions around it can cost more than they save.
     """
 
     method: ClassVar[str] = "quantize"
