@@ -18,6 +18,9 @@ from compressors.plan import CompressionPlan, Scalar, Settings, Step, digest
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 """Model inputs and, where there are labels, the target; the first axis of every tensor is the batch."""
 
+CALIBRATIONS = ("minmax", "percentile", "entropy", "mse")
+"""How the range of an activation follows from the values that calibration showed."""
+
 Achieved = Mapping[str, Settings]
 """What one method really did, per layer; a method without layers reports under the empty name."""
 
@@ -64,9 +67,15 @@ class LayerNumbers:
     """What a numeric compressor decided for one layer, to be placed by each runtime in its own graph.
 
     With `values` (int8 tensor in the weight's shape) and `scales` (`(out, groups)`; weight = value * scale, where group
-    g covers `group_size` consecutive inputs of a row) the weights are stored as given and computed in the rest
-    precision. Without them weights and activations both go to `bits`, with the runtime's own calibrated quantizer.
-    With a `codebook` (float, at most `2 ** bits` entries) `values` are uint8 indices: weight = codebook[value].
+    g covers `group_size` consecutive inputs of a row, or None all of them) the weights are stored as given. At 8 bits
+    with one scale a row, where the runtime has a kernel, the activations are rounded too, by its own calibrated
+    quantizer, and without `values` the weights as well; all else is computed in the rest precision. With a `codebook`
+    (float, at most `2 ** bits` entries) `values` are uint8 indices: weight = codebook[value]. `shift` `(out,)` is added
+    to the layer's output.
+
+    The last three tell the runtime's quantizer what to do at 8 bits: how ranges follow from calibration data (one of
+    `CALIBRATIONS`), whether each output channel has a scale of its own, and whether the grid of an activation with
+    values on both sides of zero has its middle there.
     """
 
     bits: int
@@ -74,6 +83,10 @@ class LayerNumbers:
     scales: Tensor | None = None
     group_size: int | None = None
     codebook: Tensor | None = None
+    shift: Tensor | None = None
+    calibration: str = "minmax"
+    per_channel: bool = True
+    symmetric: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that take time to compute and space to keep."""

@@ -34,8 +34,9 @@ class Qat(Recovery):
 
     - Of weights, per output channel, the step is learned in the log domain (Jain 2019, arXiv 1903.08066), where Adam
       changes it by a share of itself, but never exceeds the largest weight's share. Weights beyond 127 steps are
-      clipped. What is written back lies on the grid, and its largest weight at 127 steps: a runtime finds that grid.
-    - Of a layer's inputs the range is the batch's own, 0 included, as it is when a runtime calibrates; the gradient of
+      clipped. What is written back lies on the grid, and its largest weight at 127 steps: a runtime finds that grid,
+      and so does every other rounding, but for one scale for all channels.
+    - Of a layer's inputs the range is the batch's own, 0 included, as it is in calibration by `minmax`; the gradient of
       the step goes to the extremes. Runtimes also round what is added between layers, which is not simulated.
 
     Batch norms keep their statistics, as the deployed graph does; their scales and shifts learn. It trains in float32

@@ -1,8 +1,8 @@
 """Decides bit-widths and computes low-bit weights; it never touches the model, each runtime places the numbers."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
+from compressors.inputs import layer_inputs
 from compressors.layers import read_layers, weight_groups
-from compressors.pipeline import Applied, Context, LayerNumbers, Stage
+from compressors.pipeline import CALIBRATIONS, Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
-from compressors.replace import stands_for
+from compressors.replace import one_thread, stands_for
+from compressors.rounding import closest_scales, dequantize, descended, gptq, nearest, output_error, widest_scales
 
 BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embedding"), (2, 3, 4, 6, 8, 32))
 """What can be asked of each kind of layer."""
@@ -21,20 +23,28 @@ BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embeddin
 COMPUTED = {("conv", 8), ("linear", 4), ("linear", 8)}
 """What runtimes have kernels for. At other widths weights are only stored: the file shrinks, and nothing is faster."""
 
-SMALLEST_GROUP = 16
+ROUNDINGS = ("nearest", "mse", "gptq", "descent")
 
-CLIPS = torch.linspace(0.5, 1.0, 26)
-"""Shares of a group's largest weight at which clipping is tried."""
+SMALLEST_GROUP = 16
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Post-training quantization: 8 bits for weights and activations, or fewer for the weights alone.
 
-    The 8-bit ranges are calibrated by the runtime that will use them. Fewer bits, and 8 of an embedding, are rounded to
-    the nearest step group by group; the scales add `32 / group_size` bits a weight. 4 bits of linear layers have a
-    kernel, all else is only stored smaller. It does not help a layer that is already narrow: the conversions around it
-    can cost more than they save.
+    The 8-bit ranges are calibrated by the runtime that will use them, which also rounds 8-bit weights to the nearest
+    step. Every other `rounding` is done here. `mse` clips where the weights' squared error is least; that makes the
+    layer's output a little smaller, which at few bits can cost more than clipping saves. `gptq` (Frantar 2022, arXiv
+    2210.17323) and `descent` (Behdin 2023, arXiv 2309.01885) use the same scales and make the error of the output
+    small, on what the float model gives the layer: errors of layers before it are not made good, so that a layer's
+    numbers do not depend on other layers' settings. `bias_correction` takes the mean error of the output out of it
+    (Nagel 2019, arXiv 1906.04721, with measured means).
+
+    Fewer bits, and 8 of an embedding, have a scale for each group of weights, which adds `32 / group_size` bits a
+    weight. 4 bits of linear layers have a kernel, all else is only stored smaller. The rows of an embedding are looked
+    up one at a time, so that there is no output to see to beside them: `gptq` and `descent` are `mse` there, and no
+    bias is corrected. None of it helps a layer that is already narrow: the conversions around it can cost more than
+    they save.
     """
 
     method: ClassVar[str] = "quantize"
@@ -51,152 +61,269 @@ class Quantize:
         return groups
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
-        """`bits` per layer, and `group_size` for those whose weights alone are rounded; without it, whole rows."""
+        """`bits` per layer; `group_size`, without it whole rows; `rounding` and `bias_correction` for every width.
+
+        `calibration`, `per_channel` and `symmetric` are for the runtimes and concern 8 bits, see `LayerNumbers`.
+        Without them a plan means what all runtimes do by themselves, and all other weights are rounded as by `mse`.
+        What is told of several layers in the place of one is what it came to the worst.
+        """
         layers = {layer.name: layer for layer in read_layers(model, context.example)}
         groups = self.groups(model, context.example)
-        achieved: dict[str, Settings] = {}
-        numbers: dict[str, LayerNumbers] = {}
+        recipe = _Recipe.read(step.shared)
+        asked: dict[str, list[_Weight]] = {}
         for owner, settings in step.per_layer.items():
             if owner not in groups:
                 raise Infeasible(f"quantize has no layer {owner}: possible are {', '.join(groups)}")
-            parts = [layers[name] for name in groups[owner]]
-            made, achieved[owner] = _together(model, parts, owner, settings["bits"], step.shared)
-            numbers.update(made)
-        return Applied(achieved, numbers)
+            asked[owner] = list(_weights([layers[name] for name in groups[owner]], owner, settings["bits"]))
+        weights = [weight for several in asked.values() for weight in several]
+        told: dict[str, Settings] = {weight.name: {"bits": weight.bits} for weight in weights}
+        numbers: dict[str, LayerNumbers] = {}
+        grids: list[_Grid] = []
+        for weight in weights:
+            if recipe.is_the_runtimes(weight):
+                numbers.update(dict.fromkeys(weight.layers, recipe.numbers(weight)))
+            elif weight.bits != 32:
+                grids.append(_Grid.of(model, weight, recipe, step.shared))
+        with one_thread():
+            for grid, inputs in _with_inputs(model, grids, recipe, context, seed):
+                made, told[grid.weight.name] = _made(grid, recipe, inputs)
+                numbers.update(dict.fromkeys(grid.weight.layers, made))
+        return Applied({o: _worst([told[weight.name] for weight in several]) for o, several in asked.items()}, numbers)
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
     ) -> list[Effect]:
         """Rounding errors of the weights alone: what the activations lose is left to the measurements."""
+        layers = {layer.name: layer for layer in read_layers(model, example)}
         groups = self.groups(model, example)
-        kinds = {layer.name: layer.kind for layer in read_layers(model, example)}
-        return [self._effect(model, groups[owner], kinds, settings, fisher) for owner, settings in questions]
-
-    def _effect(
-        self, model: nn.Module, members: Sequence[str], kinds: Mapping[str, str], settings: Settings, fisher: Fisher
-    ) -> Effect:
-        name, bits = f"{members[0]}.weight", int(settings["bits"])
-        weight = model.get_parameter(name).detach()
-        stored = _is_stored([kinds[member] for member in members], bits)
-        try:
-            loss = fisher.rounding(name, _rounded(weight, members[0], bits, stored, settings) - weight)
-        except Infeasible:
-            loss = math.inf
-        widths = dict.fromkeys(members, bits)
-        return Effect(loss, stored=widths) if stored else Effect(loss, bits=widths)
+        members = {owner: [layers[name] for name in names] for owner, names in groups.items()}
+        return [_effect(model, members[owner], owner, settings, fisher) for owner, settings in questions]
 
 
-def _is_stored(kinds: Iterable[str], bits: Scalar) -> bool:
-    """Whether the layers of these kinds, which hold one weight, only store it: all do as soon as one of them does."""
-    return bits != 32 and any((kind, bits) not in COMPUTED for kind in kinds)
+@dataclass(frozen=True)
+class _Weight:
+    """A weight tensor: the layers that hold it, its owner first, and the width it gets."""
+
+    layers: tuple[str, ...]
+    kinds: frozenset[str]
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return self.layers[0]
+
+    @property
+    def stored(self) -> bool:
+        """Whether its layers only store it: all do as soon as one of them does."""
+        return self.bits != 32 and any((kind, self.bits) not in COMPUTED for kind in self.kinds)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what it is multiplied with goes to 8 bits too, which is when a runtime calibrates."""
+        return self.bits == 8 and not self.stored
+
+    @property
+    def looked_up(self) -> bool:
+        return "embedding" in self.kinds
 
 
-def _rounded(weight: Tensor, name: str, bits: int, stored: bool, settings: Settings) -> Tensor:
-    """The float weights that `bits` stand for; 8-bit kernels as the runtimes do it, one scale an output channel."""
-    if bits == 32:
-        return weight
-    rows = weight.flatten(1)
-    if bits == 8 and not stored:
-        step = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return ((rows / step).round() * step).reshape(weight.shape)
-    size = _group_size(name, rows.shape[1], stored, settings)
-    return dequantize(*quantize_groups(rows, bits, size)).reshape(weight.shape)
-
-
-def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric integers and one scale per `group_size` consecutive inputs of a row.
-
-    `weight` is `(out, in)` and `group_size` divides `in`. Gives int8 values `(out, in)`, from -2^(bits-1) up to
-    2^(bits-1) - 1, and scales `(out, in / group_size)`. Each group is clipped where its squared error is least.
-    """
-    groups = weight.detach().float().reshape(len(weight), -1, group_size)
-    top = 2 ** (bits - 1) - 1
-    largest = groups.abs().amax(-1)
-    scales = torch.where(largest > 0, largest / top, 1.0)
-    best = torch.full_like(scales, math.inf)
-    chosen = scales
-    for clip in CLIPS:
-        error = (_round(groups, scales * clip, top) * (scales * clip)[..., None] - groups).square().sum(-1)
-        chosen = torch.where(error < best, scales * clip, chosen)
-        best = torch.minimum(best, error)
-    return _round(groups, chosen, top).flatten(1).to(torch.int8), chosen
-
-
-def dequantize(values: Tensor, scales: Tensor) -> Tensor:
-    """The float weight `(out, in)` that `values` `(out, in)` and `scales` `(out, groups)` stand for."""
-    groups = values.float().reshape(*scales.shape, -1)
-    return (groups * scales[..., None]).flatten(1)
-
-
-def _round(groups: Tensor, scales: Tensor, top: int) -> Tensor:
-    return (groups / scales[..., None]).round().clamp(-top - 1, top)
-
-
-def _together(
-    model: nn.Module, parts: Sequence[LayerSpec], owner: str, bits: Scalar, shared: Settings
-) -> tuple[dict[str, LayerNumbers], Settings]:
-    """What the layers get that share a setting, and of what it came to the worst."""
-    made: dict[str, LayerNumbers | None] = {}
-    told: list[Settings] = []
+def _weights(parts: Sequence[LayerSpec], owner: str, bits: Scalar) -> Iterator[_Weight]:
+    """Those of the layers that share a setting."""
     for layer in parts:
         if layer.tied_to is None:
-            kinds = [part.kind for part in parts if layer.name in (part.name, part.tied_to)]
-            width = _fitting(layer, owner, bits)
-            made[layer.name], settings = _layer(model, layer, width, _is_stored(kinds, width), shared)
-            told.append(settings)
-        else:
-            made[layer.name] = made[layer.tied_to]
-    keys = dict.fromkeys(key for settings in told for key in settings)
-    worst = {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
-    return {name: given for name, given in made.items() if given is not None}, worst
+            if bits not in BITS[layer.kind] or not isinstance(bits, int):
+                raise Infeasible(
+                    f"quantize.bits of {layer.name} is {bits}: a {layer.kind} layer can have {BITS[layer.kind]}"
+                )
+            holding = [part for part in parts if layer.name in (part.name, part.tied_to)]
+            names, kinds = tuple(part.name for part in holding), frozenset(part.kind for part in holding)
+            yield _Weight(names, kinds, _fitting(layer, owner, bits))
 
 
-def _fitting(layer: LayerSpec, owner: str, bits: Scalar) -> Scalar:
+def _fitting(layer: LayerSpec, owner: str, bits: int) -> int:
     """Of the layers in the place of `owner`, one that is too narrow for groups of 4 bits gets 8."""
     width = layer.weight_shape[1]
     narrow = layer.kind == "linear" and width & -width < SMALLEST_GROUP
     return 8 if bits == 4 and narrow and layer.name != owner else bits
 
 
-def _layer(
-    model: nn.Module, layer: LayerSpec, bits: Scalar, stored: bool, shared: Settings
-) -> tuple[LayerNumbers | None, Settings]:
-    if bits not in BITS[layer.kind] or not isinstance(bits, int):
-        raise Infeasible(f"quantize.bits of {layer.name} is {bits}: a {layer.kind} layer can have {BITS[layer.kind]}")
-    if bits == 32:
-        return None, {"bits": bits}
-    if bits == 8 and not stored:
-        return LayerNumbers(bits=bits), {"bits": bits}
-    weight = model.get_parameter(f"{layer.name}.weight").detach()
-    return _low_bit(weight, bits, _group_size(layer.name, weight[0].numel(), stored, shared))
+@dataclass(frozen=True)
+class _Recipe:
+    """The settings that all layers share; `rounding` None is what a plan means that does not name it."""
+
+    calibration: str
+    per_channel: bool
+    symmetric: bool
+    rounding: str | None
+    bias_correction: bool
+
+    @classmethod
+    def read(cls, shared: Settings) -> "_Recipe":
+        return cls(
+            calibration=_one_of(shared, "calibration", CALIBRATIONS) or CALIBRATIONS[0],
+            per_channel=_flag(shared, "per_channel", True),
+            symmetric=_flag(shared, "symmetric", False),
+            rounding=_one_of(shared, "rounding", ROUNDINGS),
+            bias_correction=_flag(shared, "bias_correction", False),
+        )
+
+    def rounding_of(self, weight: _Weight) -> str:
+        return self.rounding or ("nearest" if weight.rounds_inputs else "mse")
+
+    def is_the_runtimes(self, weight: _Weight) -> bool:
+        """Whether the runtime does all of it by itself."""
+        return weight.rounds_inputs and self.rounding_of(weight) == "nearest" and not self.bias_correction
+
+    def needs_inputs(self, weight: _Weight) -> bool:
+        return not weight.looked_up and (self.bias_correction or self.rounding in ("gptq", "descent"))
+
+    def numbers(self, weight: _Weight) -> LayerNumbers:
+        if not weight.rounds_inputs:
+            return LayerNumbers(weight.bits)
+        return LayerNumbers(
+            weight.bits, calibration=self.calibration, per_channel=self.per_channel, symmetric=self.symmetric
+        )
 
 
-def _low_bit(weight: Tensor, bits: int, group_size: int) -> tuple[LayerNumbers, Settings]:
-    rows = weight.flatten(1)
-    values, scales = quantize_groups(rows, bits, group_size)
-    error = float((dequantize(values, scales) - rows).norm() / rows.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    return LayerNumbers(bits, values.reshape(weight.shape), scales, group_size), {
-        "bits": bits,
-        "group_size": group_size,
-        "relative_error": error,
-    }
+def _one_of(shared: Settings, key: str, known: Sequence[str]) -> str | None:
+    value = shared.get(key)
+    if key in shared and value not in known:
+        raise Infeasible(f"quantize.{key} is {value}: expected one of {', '.join(known)}")
+    return None if value is None else str(value)
 
 
-def _group_size(name: str, width: int, stored: bool, shared: Settings) -> int:
+def _flag(shared: Settings, key: str, otherwise: bool) -> bool:
+    value = shared.get(key, otherwise)
+    if not isinstance(value, bool):
+        raise Infeasible(f"quantize.{key} is {value}: expected true or false")
+    return value
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the numbers of one weight can go: its rows `(out, in)` and their scales `(out, groups)`."""
+
+    weight: _Weight
+    tensor: Tensor
+    parts: int
+    group_size: int | None
+    scales: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, weight: _Weight, recipe: _Recipe, shared: Settings) -> "_Grid":
+        module = model.get_submodule(weight.name)
+        tensor, parts = module.get_parameter("weight").detach(), getattr(module, "groups", 1)
+        rows = tensor.flatten(1)
+        if weight.rounds_inputs and not recipe.per_channel:
+            return cls(weight, tensor, parts, None, _one_scale(rows, weight, recipe))
+        group_size = None if weight.rounds_inputs else _group_size(weight, rows.shape[1], shared)
+        scales = widest_scales if recipe.rounding_of(weight) == "nearest" else closest_scales
+        return cls(weight, tensor, parts, group_size, scales(rows, weight.bits, group_size or rows.shape[1]))
+
+    @property
+    def rows(self) -> Tensor:
+        return self.tensor.flatten(1)
+
+    def by_part(self, rows: Tensor) -> Tensor:
+        """`(parts, out, ...)`."""
+        return rows.reshape(self.parts, -1, rows.shape[1])
+
+    def nearest(self) -> Tensor:
+        return nearest(self.rows, self.scales, self.weight.bits)
+
+
+def _one_scale(rows: Tensor, weight: _Weight, recipe: _Recipe) -> Tensor:
+    if not recipe.is_the_runtimes(weight):
+        raise Infeasible(
+            "quantize.per_channel is False, which the runtimes can do with rounding nearest and without bias_correction"
+            " only: a batch norm folded into a layer gives every channel a factor of its own"
+        )
+    return widest_scales(rows.reshape(1, -1), weight.bits, rows.numel()).expand(len(rows), 1)
+
+
+def _group_size(weight: _Weight, width: int, shared: Settings) -> int:
     """The size asked for, or the largest power of two that divides the row; or the row, if no kernel has a say."""
     asked = shared.get("group_size")
-    if stored and asked is None:
+    if weight.stored and asked is None:
         return width
     if not isinstance(asked, int) or asked < SMALLEST_GROUP:
         raise Infeasible(f"quantize.group_size is {asked}: expected a whole number, {SMALLEST_GROUP} or more")
     if width % asked == 0:
         return asked
     divisor = width & -width
-    if divisor < SMALLEST_GROUP and stored:
+    if divisor < SMALLEST_GROUP and weight.stored:
         return width
     if divisor < SMALLEST_GROUP:
         raise Infeasible(
-            f"quantize.bits of {name} is 4, but no power of two from {SMALLEST_GROUP} up divides its {width} inputs: "
-            "possible are 8 and 32"
+            f"quantize.bits of {weight.name} is 4, but no power of two from {SMALLEST_GROUP} up divides its {width} "
+            "inputs: possible are 8 and 32"
         )
     return divisor
+
+
+def _with_inputs(
+    model: nn.Module, grids: Sequence[_Grid], recipe: _Recipe, context: Context, seed: int
+) -> Iterator[tuple[_Grid, Tensor | None]]:
+    heard = {grid.weight.name: grid for grid in grids if recipe.needs_inputs(grid.weight)}
+    yield from ((grid, None) for grid in grids if grid.weight.name not in heard)
+    if heard:
+        groups = {name: grid.weight.layers for name, grid in heard.items()}
+        for name, inputs in layer_inputs(model, groups, context.calibration, seed):
+            yield heard[name], inputs
+
+
+def _made(grid: _Grid, recipe: _Recipe, inputs: Tensor | None) -> tuple[LayerNumbers, Settings]:
+    values = _values(grid, recipe.rounding_of(grid.weight), inputs)
+    rounded = dequantize(values, grid.scales)
+    lost = grid.rows - rounded
+    smallest = torch.finfo(torch.float32).tiny
+    achieved: dict[str, Scalar] = {"bits": grid.weight.bits}
+    if grid.group_size is not None:
+        achieved["group_size"] = grid.group_size
+    achieved["relative_error"] = float(lost.norm() / grid.rows.norm().clamp_min(smallest))
+    shift = None
+    if inputs is not None:
+        achieved["output_error"] = output_error(grid.by_part(grid.rows), grid.by_part(rounded), inputs)
+    if inputs is not None and recipe.bias_correction:
+        shift = torch.einsum("pi,poi->po", inputs.mean(0), grid.by_part(lost)).flatten()
+    numbers = replace(
+        recipe.numbers(grid.weight),
+        values=values.reshape(grid.tensor.shape),
+        scales=grid.scales,
+        group_size=grid.group_size,
+        shift=shift,
+    )
+    return numbers, achieved
+
+
+def _values(grid: _Grid, rounding: str, inputs: Tensor | None) -> Tensor:
+    if inputs is None or rounding in ("nearest", "mse"):
+        return grid.nearest()
+    fit = gptq if rounding == "gptq" else descended
+    return fit(grid.by_part(grid.rows), grid.by_part(grid.scales), grid.weight.bits, inputs).reshape(grid.rows.shape)
+
+
+def _worst(told: Sequence[Settings]) -> Settings:
+    keys = dict.fromkeys(key for settings in told for key in settings)
+    return {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
+
+
+def _effect(model: nn.Module, parts: Sequence[LayerSpec], owner: str, settings: Settings, fisher: Fisher) -> Effect:
+    try:
+        weights = list(_weights(parts, owner, settings["bits"]))
+        loss = sum(_loss(model, weight, settings, fisher) for weight in weights)
+    except Infeasible:
+        return Effect(math.inf, bits={part.name: int(settings["bits"]) for part in parts})
+    stored = {name: weight.bits for weight in weights if weight.stored for name in weight.layers}
+    bits = {name: weight.bits for weight in weights if not weight.stored for name in weight.layers}
+    return Effect(loss, bits=bits, stored=stored)
+
+
+def _loss(model: nn.Module, weight: _Weight, settings: Settings, fisher: Fisher) -> float:
+    """There is no data here to fit `gptq` and `descent` to: the nearest values on their grid are an upper estimate."""
+    recipe = _Recipe.read(settings)
+    if weight.bits == 32:
+        return 0.0
+    grid = _Grid.of(model, weight, recipe, settings)
+    change = dequantize(grid.nearest(), grid.scales) - grid.rows
+    return fisher.rounding(f"{weight.name}.weight", change.reshape(grid.tensor.shape))

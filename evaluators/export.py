@@ -8,27 +8,28 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.layers import KINDS
 from compressors.pipeline import Artifact, Batch, LayerNumbers
-from evaluators.packed import Packed, packed
+from evaluators.packed import Floats, Packed, packed
 from evaluators.runtime import CODEBOOK, Array, Session, Support, TensorSpec
 
 OPSET = 17
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 PARITY = 1e-3
 """Largest error of the float graph, relative to the largest output, that still counts as the same model."""
+CLIPPED = 1e-4
+"""Share of an activation's values, at each end, that percentile calibration leaves outside of its range."""
 FOLDED = 1e-5
 """Largest error of a weight, relative to its largest entry, that still counts as multiplied channel by channel."""
 
@@ -160,43 +161,67 @@ def _child(path: str, segment: str, modules: Mapping[str, nn.Module]) -> str | N
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a runtime's own quantizer makes the 8-bit graph from which candidates are cut; see `LayerNumbers`."""
+
+    calibration: str = "minmax"
+    per_channel: bool = True
+    symmetric: bool = False
+
+    def __str__(self) -> str:
+        """Part of a folder's name."""
+        scales = "channel" if self.per_channel else "tensor"
+        return f"{self.calibration}-{scales}{'-symmetric' if self.symmetric else ''}"
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What a plan asks of the graph, per node: weights and activations in 8 bits, weights in 4, weights stored smaller.
 
-    A runtime that declares neither a kernel nor storage for something is never asked for it.
+    `given` holds those of the 8-bit nodes whose weights are not the quantizer's own, `recipe` is that of all of them.
+    `shifts` `(out, 1, ..)` are added to what nodes give, instead of those in the numbers: what a folded batch norm did
+    to a weight is done to all of these. A runtime that declares neither a kernel nor storage for something is never
+    asked for it.
     """
 
     int8: frozenset[str]
     int4: Mapping[str, LayerNumbers]
     packed: Mapping[str, Packed]
+    given: Mapping[str, LayerNumbers]
+    shifts: Mapping[str, Floats]
+    recipe: Recipe
 
 
 def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Callable[[str, int], Support]) -> Wanted:
     """The artifact's numbers by node name; raises `Infeasible` for what the runtime refuses or the graph lost."""
     nodes = layer_nodes(graph, artifact.model)
-    int8: set[str] = set()
     int4: dict[str, LayerNumbers] = {}
+    given: dict[str, LayerNumbers] = {}
     stored: dict[str, Packed] = {}
+    shifts: dict[str, Floats] = {}
     asked = {layer: numbers for layer, numbers in artifact.numbers.items() if numbers.bits != 32}
     owners = _stored_owners(artifact.model, asked, support)
+    calibrated = {layer: numbers for layer, numbers in asked.items() if numbers.bits == 8 and layer not in owners}
     for layer, numbers in asked.items():
-        _check_numbers(artifact.model.get_submodule(layer), layer, numbers, runtime, support, layer in owners)
+        module = artifact.model.get_submodule(layer)
+        _check_numbers(module, layer, numbers, runtime, support, layer in owners)
         if layer not in nodes:
             raise Infeasible(
                 f"{layer}: the exporter merged it with its neighbours, so it cannot get {numbers.bits} bits"
             )
         if numbers.values is None:
-            int8.update(nodes[layer])
             continue
-        factors = _factors(graph, nodes[layer][0], artifact.model.get_submodule(layer), layer)
+        factors = _factors(graph, nodes[layer][0], module, layer)
         if layer in owners:
             owner = owners[layer] if factors is None else layer
             stored.update(dict.fromkeys(nodes[layer], packed(owner, numbers, factors)))
-        elif factors is None:
-            int4.update(dict.fromkeys(nodes[layer], numbers))
         else:
-            raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
-    return Wanted(frozenset(int8), int4, stored)
+            placed = given if layer in calibrated else int4
+            placed.update(dict.fromkeys(nodes[layer], _scaled(numbers, factors, layer)))
+        if numbers.shift is not None:
+            shifts.update(dict.fromkeys(nodes[layer], _shift(numbers.shift, factors, places=numbers.values.dim() - 2)))
+    int8 = frozenset(node for layer in calibrated for node in nodes[layer])
+    return Wanted(int8, int4, stored, given, shifts, _recipe(calibrated))
 
 
 def _stored_owners(
@@ -220,6 +245,14 @@ def _form(module: nn.Module, numbers: LayerNumbers) -> str:
     return KINDS[type(module)] if numbers.codebook is None else CODEBOOK
 
 
+def _recipe(calibrated: Mapping[str, LayerNumbers]) -> Recipe:
+    recipes = {Recipe(n.calibration, n.per_channel, n.symmetric): layer for layer, n in calibrated.items()}
+    if len(recipes) > 1:
+        told = ", ".join(f"{recipe} for {layer}" for recipe, layer in recipes.items())
+        raise Infeasible(f"8-bit layers disagree on calibration ({told}): one graph is made by one recipe")
+    return next(iter(recipes), Recipe())
+
+
 def _check_numbers(
     module: nn.Module,
     layer: str,
@@ -228,17 +261,22 @@ def _check_numbers(
     support: Callable[[str, int], Support],
     stored: bool,
 ) -> None:
-    form = _form(module, numbers)
-    if support(form, numbers.bits) is Support.REFUSED:
-        raise Infeasible(f"{layer}: {runtime} has no {numbers.bits}-bit {form}")
-    if stored and numbers.values is None:
-        raise Infeasible(f"{layer}: {numbers.bits} bits without values; {runtime} only stores them and chooses none")
-    if not stored and (numbers.bits == 4) != (numbers.values is not None):
-        given = "no integer values" if numbers.values is None else "integer values"
-        raise Infeasible(f"{layer}: {numbers.bits} bits with {given}; {runtime} places values at 4 bits and only there")
+    form, bits = _form(module, numbers), numbers.bits
+    if support(form, bits) is Support.REFUSED:
+        raise Infeasible(f"{layer}: {runtime} has no {bits}-bit {form}")
+    if stored:
+        if numbers.values is None:
+            raise Infeasible(f"{layer}: {bits} bits without values; {runtime} only stores them and chooses none")
+        return
+    if bits == 4 and numbers.values is None:
+        raise Infeasible(f"{layer}: 4 bits with no integer values; {runtime} does not round to 4 bits by itself")
+    if numbers.values is not None and (numbers.scales is None or bits not in (4, 8)):
+        raise Infeasible(f"{layer}: {runtime} places integer values with scales, at 4 and at 8 bits")
+    if bits == 8 and numbers.scales is not None and numbers.scales.shape[1] != 1:
+        raise Infeasible(f"{layer}: 8 bits with {numbers.scales.shape[1]} scales a row; {runtime} multiplies with one")
 
 
-def _factors(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str) -> NDArray[np.float32] | None:
+def _factors(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: str) -> Floats | None:
     """By what the exporter multiplied each output channel, to fold a batch norm into it; None if it changed nothing.
 
     Values stand for the layer's own weight, and one that was changed in any other way would be replaced.
@@ -254,8 +292,29 @@ def _factors(graph: onnx.ModelProto, node_name: str, module: nn.Module, layer: s
     factors = (rows * wanted_rows).sum(1) / np.maximum((wanted_rows**2).sum(1), np.finfo(np.float32).tiny)
     if np.abs(factors[:, None] * wanted_rows - rows).max() > FOLDED * np.abs(rows).max():
         raise Infeasible(f"{layer}: the exporter changed its weight, so its integer values cannot be placed")
-    narrow: NDArray[np.float32] = factors.astype(np.float32)
+    narrow: Floats = factors.astype(np.float32)
     return narrow
+
+
+def _scaled(numbers: LayerNumbers, factors: Floats | None, layer: str) -> LayerNumbers:
+    """The same integers for the weight that the graph has: scales take the factors, and values a channel's sign.
+
+    Scales stay above zero: a channel without any weight left keeps its own, and gets zeros.
+    """
+    if factors is None or numbers.values is None or numbers.scales is None:
+        return numbers
+    if numbers.bits == 4 and (factors < 0).any():
+        raise Infeasible(f"{layer}: the exporter turned the sign of a channel, which 4-bit values cannot take")
+    given = torch.from_numpy(factors)
+    signs = given.sign().to(torch.int8).reshape(-1, *[1] * (numbers.values.dim() - 1))
+    scales = numbers.scales * given.abs()[:, None]
+    return replace(numbers, values=numbers.values * signs, scales=torch.where(scales > 0, scales, numbers.scales))
+
+
+def _shift(shift: Tensor, factors: Floats | None, places: int) -> Floats:
+    """What is added to an output that has so many axes behind its channels."""
+    found: Floats = shift.numpy() if factors is None else shift.numpy() * factors
+    return found.reshape(-1, *[1] * places)
 
 
 def input_specs(example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:

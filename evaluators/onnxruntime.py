@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU; the only importer of onnxruntime."""
+"""ONNX Runtime on the CPU; its 8-bit graphs are made in `onnxruntime_int8`."""
 
 import re
 import tempfile
@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Artifact, Context, LayerNumbers
 from evaluators.export import (
+    Recipe,
     calibration_arrays,
     check_parity,
     export,
@@ -26,14 +27,12 @@ from evaluators.export import (
     wanted,
     weight_name,
 )
+from evaluators.onnxruntime_int8 import add_to_output, place_int8, quantize
 from evaluators.packed import WIDTHS
 from evaluators.packed_onnx import with_packed
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
 KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
-# What goes to 8 bits beside the layers, and only behind Conv and Gemm: behind a MatMul it costs accuracy (the residual
-# stream of a transformer) and gains no time.
-BETWEEN_LAYERS = ("Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 MICROSOFT = "com.microsoft"
 
@@ -77,13 +76,17 @@ class OnnxRuntime:
         base = once(source.with_name("onnxruntime-float"), lambda made: _write_float(source, artifact, context, made))
         model = load_graph(base / "model.onnx")
         if ask.int8:
-            full = source.with_name(f"onnxruntime-int8-{self.calibration_examples}")
-            once(full, lambda made: _write_int8(base, context, self.calibration_examples, made))
+            full = source.with_name(f"onnxruntime-int8-{self.calibration_examples}-{ask.recipe}")
+            once(full, lambda made: _write_int8(base, context, self.calibration_examples, ask.recipe, made))
             model = keep_int8(model, load_graph(full / "model.onnx"), ask.int8)
+            place_int8(model, load_graph(base / "model.onnx"), ask.given, ask.shifts)
         if ask.int4:
             model = _place_int4(model, ask.int4)
         if ask.packed:
             model = _assemble(model, *with_packed(model.graph, ask.packed))
+        for node, shift in ask.shifts.items():
+            if node not in ask.given:
+                add_to_output(model, node, shift)
         folder.mkdir(parents=True, exist_ok=True)
         onnx.save(model, folder / "model.onnx")
         return Deployed(self, folder, precision, input_specs(context.example))
@@ -139,17 +142,7 @@ def _write_float(source: Path, artifact: Artifact, context: Context, made: Path)
     check_parity(artifact, context.example, load_onnxruntime(str(made), "fp32", None, 0))
 
 
-class _Feed:
-    """Hands the quantizer one batch a call."""
-
-    def __init__(self, batches: Iterable[dict[str, Array]]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, Array] | None:
-        return next(self._batches, None)
-
-
-def _write_int8(base: Path, context: Context, examples: int, made: Path) -> None:
+def _write_int8(base: Path, context: Context, examples: int, recipe: Recipe, made: Path) -> None:
     made.mkdir()
     graph = load_graph(base / "model.onnx")
     layers = weighted_nodes(graph)
@@ -158,28 +151,7 @@ def _write_int8(base: Path, context: Context, examples: int, made: Path) -> None
         made / "model.onnx",
         float_nodes(graph, layers),
         calibration_arrays(context.calibration, examples),
-    )
-
-
-def quantize(source: Path, target: Path, leave_float: Iterable[str], batches: list[dict[str, Array]]) -> None:
-    """Calibrate on `batches` and write the 8-bit form of `source`, in the one combination with fast kernels."""
-    from onnxruntime import quantization as q
-
-    q.quantize_static(
-        str(source),
-        str(target),
-        _Feed(batches),
-        quant_format=q.QuantFormat.QDQ,
-        # The fast kernels multiply unsigned activations with signed weights; other pairs are slower than float.
-        activation_type=q.QuantType.QUInt8,
-        weight_type=q.QuantType.QInt8,
-        per_channel=True,
-        calibrate_method=q.CalibrationMethod.MinMax,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul", *BETWEEN_LAYERS],
-        nodes_to_exclude=sorted(leave_float),
-        # A MatMul gives float: rounding its output costs accuracy and saves no time. A Gemm needs it, or its activation
-        # is fused to a float Gemm.
-        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        recipe,
     )
 
 

@@ -1,7 +1,5 @@
-"""OpenVINO on the CPU; the only importer of nncf, and but for `packed_openvino.py` of openvino."""
+"""OpenVINO on the CPU; its 8-bit graphs are made in `openvino_int8`."""
 
-import contextlib
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from openvino.passes import ConstantFolding, Manager
 
 from compressors.errors import Infeasible, at_least
 from compressors.pipeline import Artifact, Context, LayerNumbers
-from evaluators.export import calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
+from evaluators.export import Recipe, calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
+from evaluators.openvino_int8 import add_to_output, place_int8, quantize
 from evaluators.packed import WIDTHS, Packed
 from evaluators.packed_openvino import reshaped, unpacked
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
@@ -68,12 +67,17 @@ class OpenVINO:
         base = once(source.with_name("openvino-float"), lambda made: _write_float(source, artifact, context, made))
         model = _read(base).clone()
         if ask.int8:
-            full = source.with_name(f"openvino-int8-{self.calibration_examples}")
-            model = _read(once(full, lambda made: self._write_int8(base, context, made))).clone()
+            full = source.with_name(f"openvino-int8-{self.calibration_examples}-{ask.recipe}")
+            model = _read(once(full, lambda made: self._write_int8(base, context, ask.recipe, made))).clone()
             keep_int8(model, _weights(_read(base)), _operations(_read(base), ask.int8))
+            given = {_find(model, node).get_friendly_name(): numbers for node, numbers in ask.given.items()}
+            place_int8(model, _weights(_read(base)), given)
         for node, numbers in ask.int4.items():
             _place(model, node, _decompressed(numbers, node))
         _place_packed(model, ask.packed)
+        for node, shift in ask.shifts.items():
+            add_to_output(_find(model, node), shift)
+        model.validate_nodes_and_infer_types()
         folder.mkdir(parents=True, exist_ok=True)
         _save(model, folder, half=precision == "bf16")
         return Deployed(self, folder, precision, input_specs(context.example))
@@ -90,10 +94,10 @@ class OpenVINO:
         """Operation -> primitive, such as `brgconv_avx512_amx_I8`, of whatever multiplies with a weight."""
         return _kernels(deployed)
 
-    def _write_int8(self, base: Path, context: Context, made: Path) -> None:
+    def _write_int8(self, base: Path, context: Context, recipe: Recipe, made: Path) -> None:
         batches = calibration_arrays(context.calibration, self.calibration_examples)
         # A clone, because NNCF leaves marks in the graph it is given, and later files would tell of them.
-        _save(_quantize(_read(base).clone(), batches), made, half=False)
+        _save(quantize(_read(base).clone(), batches, recipe), made, half=False)
 
 
 def load_openvino(folder: str, precision: str, batch: int | None, threads: int) -> "Session":
@@ -151,33 +155,6 @@ def _write_float(source: Path, artifact: Artifact, context: Context, made: Path)
     manager.run_passes(model)
     _save(model, made, half=False)
     check_parity(artifact, context.example, load_openvino(str(made), "fp32", None, 0))
-
-
-def _quantize(model: ov.Model, batches: list[dict[str, Array]]) -> ov.Model:
-    # nncf takes a second to import and is needed once per prefix.
-    import nncf
-
-    nncf.set_log_level(40)
-    exact = nncf.AdvancedQuantizationParameters(
-        # Both change the weights of a layer because of its neighbours, so single layers could not go back to float.
-        disable_bias_correction=True,
-        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which the search draws itself
-        return nncf.quantize(
-            model,
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            preset=nncf.QuantizationPreset.MIXED,
-            target_device=nncf.TargetDevice.CPU,
-            model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
-            ignored_scope=nncf.IgnoredScope(types=["Gather", "LSTMSequence", "GRUSequence"], validate=False),
-            advanced_parameters=exact,
-        )
-
-
-def _has_attention(model: ov.Model) -> bool:
-    return any(op.get_type_name() == "MatMul" and not _is_weighted(op) for op in model.get_ops())
 
 
 def _is_weighted(op: Any) -> bool:

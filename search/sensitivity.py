@@ -2,23 +2,27 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from compressors.fisher import Effect, Fisher, Sensitive, diagonal_fisher
 from compressors.pipeline import Compressor, Growing, Stage
-from compressors.plan import LayerSpec, Scalar, digest
+from compressors.plan import LayerSpec, Scalar, Settings, digest
 from evaluators.export import once
 from evaluators.machine import versions
 from search.solver import Answers, Guide, Variant
-from search.space import RUNTIME_KNOB, Knob, Method, SearchSpace
+from search.space import NONE, RUNTIME_KNOB, Knob, Method, SearchSpace
 from search.workload import Workload
 
 EXAMPLES = 32
-# Every combination of a method's settings without a layer of their own is a table; more than these are thinned out.
-MOST_VARIANTS = 9
+# Every combination of a method's settings without a layer of their own is a table. Where there are more than these,
+# settings without an influence on predictions are left out, and what is left is thinned out.
+MOST_VARIANTS = 12
 RANGE_LEVELS = 6
 # Raised whenever predictions are made in another way.
 FORMAT = 2
@@ -67,16 +71,14 @@ def _variants(workload: Workload, compressors: Mapping[str, Sensitive], methods:
 def _tables(workload: Workload, compressor: Sensitive, method: Method, fisher: Fisher) -> list[Variant]:
     """One method's effects, for every way to answer those of its knobs that no layer owns."""
     shared = [knob for knob in method.others if not knob.owners]
+    if math.prod(len(_levels(knob)) for knob in shared) > MOST_VARIANTS:
+        shared = [knob for knob in shared if _is_foreseen(knob, workload, compressor, method, fisher)]
     rows = list(itertools.product(*(_levels(knob) for knob in shared)))
-    rows = rows[:: -(-len(rows) // MOST_VARIANTS)]
-    asked = [
-        (knob, value, owner, {knob.key: value, **{k.key: v for k, v in zip(shared, row, strict=True)}})
-        for row in rows
-        for knob in method.deciding
-        for value in _levels(knob)
-        for owner in knob.owners
-    ]
-    questions = [(owner, settings) for _, _, owner, settings in asked]
+    # By chance: every so many of them would leave whole values of a knob out.
+    rows = [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:MOST_VARIANTS])]
+    settings = [{k.key: v for k, v in zip(shared, row, strict=True)} for row in rows]
+    asked = [question for row in settings for question in _asked_of(method, row)]
+    questions = [(owner, told) for _, _, owner, told in asked]
     answered = iter(zip(asked, compressor.effects(workload.model, workload.example, questions, fisher), strict=True))
     variants = []
     for row in rows:
@@ -86,6 +88,28 @@ def _tables(workload: Workload, compressor: Sensitive, method: Method, fisher: F
         answers = {knob.name: value for knob, value in zip(shared, row, strict=True)}
         variants.append(Variant(answers, {n: {v: _sum(e) for v, e in found.items()} for n, found in parts.items()}))
     return variants
+
+
+def _asked_of(method: Method, shared: Settings) -> list[tuple[Knob, Scalar, str, Settings]]:
+    """Every value of every deciding knob for each owner, with the settings that the effect is asked for."""
+    told = {knob.key: knob.middle() for knob in method.others if not knob.owners} | dict(shared)
+    told = {key: value for key, value in told.items() if value != NONE}
+    return [
+        (knob, value, owner, {knob.key: value, **told})
+        for knob in method.deciding
+        for value in _levels(knob)
+        for owner in knob.owners
+    ]
+
+
+def _is_foreseen(knob: Knob, workload: Workload, compressor: Sensitive, method: Method, fisher: Fisher) -> bool:
+    """Whether the predictions tell its values apart; what the others do, the sampler learns from trials."""
+    found = []
+    for value in _levels(knob):
+        asked = _asked_of(method, {knob.key: value})
+        questions = [(owner, told) for _, _, owner, told in asked]
+        found.append(compressor.effects(workload.model, workload.example, questions, fisher))
+    return any(effects != found[0] for effects in found)
 
 
 def _sum(effects: Sequence[Effect]) -> Effect:

@@ -19,6 +19,7 @@ from compressors.errors import Infeasible
 from compressors.layers import read_layers
 from compressors.pipeline import Artifact, Compressor, Growing, Removing, Stage, compress, loss_after
 from compressors.plan import CompressionPlan, Scalar, Step, Target
+from search.space import NONE
 from tests.context import make_context
 from tests.zoo import NETS, build, images
 
@@ -50,8 +51,13 @@ class Method:
         key, off = self.compressor.off
         owners = self.compressor.groups(model, (images(),))
         per_layer = {owner: {key: off} for owner in owners} if key in self.keys(per_layer=True) else {}
-        shared = {k: off if k == key else self.values(k, "")[-1] for k in self.keys(per_layer=False)}
+        shared = {k: off if k == key else value for k, value in self.shared("strongest").items()}
         return Step(self.compressor.method, per_layer, shared)
+
+    def shared(self, strength: str) -> dict[str, Scalar]:
+        """Of every key without layers a value, as plans have it: those that are left out are not there."""
+        picked = {key: _pick(self.values(key, ""), strength) for key in self.keys(per_layer=False)}
+        return {key: value for key, value in picked.items() if value != NONE}
 
 
 @cache
@@ -67,7 +73,7 @@ def step(name: str, net: str, strength: str) -> Step:
     """Every layer at its weakest or strongest setting that can be realised on it."""
     offers, model = method(name), build(net)
     kinds = {layer.name: layer.kind for layer in read_layers(model, (images(),))}
-    shared = {k: _pick(offers.values(k, ""), strength) for k in offers.keys(per_layer=False)}
+    shared = offers.shared(strength)
     per_layer: dict[str, dict[str, Scalar]] = {}
     for owner in offers.compressor.groups(model, (images(),)):
         for key in offers.keys(per_layer=True):
@@ -152,7 +158,7 @@ def test_same_plan_same_seed_same_weights(name: str, net: str, strength: str) ->
 def _plain(artifact: Artifact) -> dict[str, tuple[object, ...]]:
     """The numbers in a form that can be compared."""
     return {
-        layer: (n.bits, n.group_size, *(None if t is None else t.tolist() for t in (n.values, n.scales, n.codebook)))
+        layer: tuple(field.tolist() if isinstance(field, torch.Tensor) else field for field in vars(n).values())
         for layer, n in artifact.numbers.items()
     }
 

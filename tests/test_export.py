@@ -14,8 +14,9 @@ from compressors.layers import read_layers
 from compressors.pipeline import Artifact, LayerNumbers
 from compressors.plan import CompressionPlan, Target
 from compressors.replace import put
+from compressors.rounding import quantize_groups
 from evaluators.export import calibration_arrays, check_parity, export, layer_nodes, once, wanted
-from evaluators.runtime import Array, Support
+from evaluators.runtime import CODEBOOK, Array, Support
 from tests.zoo import NETS, build, images
 
 
@@ -219,7 +220,9 @@ def accept(kind: str, bits: int) -> Support:
     [
         (LayerNumbers(2), "no 2-bit linear"),
         (LayerNumbers(4), "4 bits with no integer values"),
-        (LayerNumbers(8, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 1), 32), "8 bits with integer values"),
+        (LayerNumbers(4, torch.ones(5, 32, dtype=torch.int8)), "integer values with scales"),
+        (LayerNumbers(6, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 1)), "at 4 and at 8 bits"),
+        (LayerNumbers(8, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 2), 16), "8 bits with 2 scales a row"),
     ],
 )
 def test_numbers_that_cannot_be_placed_are_refused_with_the_layer(
@@ -235,11 +238,60 @@ def test_integer_values_need_the_weight_they_stand_for(tmp_path: Path) -> None:
     model = build("plain")
     numbers = LayerNumbers(4, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 1), 32)
     graph = onnx.load(export(artifact(model), (images(),), tmp_path))
-    assert wanted(artifact(model, {"head": numbers}), graph, "any", accept).int4.keys() == {"/head/Gemm"}
+    asked = wanted(artifact(model, {"head": numbers}), graph, "any", accept)
+    assert asked.int4.keys() == {"/head/Gemm"}
+    assert asked.int4["/head/Gemm"] is numbers
     with torch.no_grad():
         model.get_parameter("head.weight").add_(1)
     with pytest.raises(Infeasible, match="the exporter changed its weight"):
         wanted(artifact(model, {"head": numbers}), graph, "any", accept)
+
+
+def test_scales_take_what_a_batch_norm_does_to_a_channel(tmp_path: Path) -> None:
+    model = build("plain")
+    norm, weight = model.get_submodule("a.1"), model.get_parameter("a.0.weight").detach()
+    with torch.no_grad():
+        norm.get_parameter("weight")[:3] = torch.tensor([-2.0, 0.0, 1.0])
+    values, scales = quantize_groups(weight.flatten(1), 8, 27)
+    numbers = LayerNumbers(8, values.reshape(weight.shape), scales, shift=torch.ones(16))
+    graph = onnx.load(export(artifact(model), (images(),), tmp_path))
+    asked = wanted(artifact(model, {"a.0": numbers}), graph, "any", accept)
+    (placed,), (shift,) = asked.given.values(), asked.shifts.values()
+    assert placed.values is not None
+    assert placed.scales is not None
+    deviation = (norm.get_buffer("running_var") + 1e-5).sqrt()
+    factors = norm.get_parameter("weight").detach() / deviation
+    assert torch.equal(placed.values[0], -values[0].reshape(weight.shape[1:]))
+    assert not placed.values[1].any()
+    assert torch.equal(placed.values[2:], values[2:].reshape(-1, *weight.shape[1:]))
+    assert (placed.scales > 0).all()
+    torch.testing.assert_close(placed.scales[2:, 0], scales[2:, 0] * factors[2:])
+    torch.testing.assert_close(torch.from_numpy(shift), factors.reshape(-1, 1, 1))
+
+
+def test_layers_of_one_graph_have_one_recipe(tmp_path: Path) -> None:
+    model = build("plain")
+    graph = onnx.load(export(artifact(model), (images(),), tmp_path))
+    numbers = {"a.0": LayerNumbers(8), "head": LayerNumbers(8, calibration="mse")}
+    with pytest.raises(Infeasible, match=r"disagree .*minmax-channel for a\.0, mse-channel for head"):
+        wanted(artifact(model, numbers), graph, "any", accept)
+    alike = {"a.0": LayerNumbers(8, symmetric=True), "head": LayerNumbers(32)}
+    assert str(wanted(artifact(model, alike), graph, "any", accept).recipe) == "minmax-channel-symmetric"
+
+
+def test_a_layer_that_is_only_stored_has_no_recipe(tmp_path: Path) -> None:
+    model = build("plain")
+    graph = onnx.load(export(artifact(model), (images(),), tmp_path))
+    table = LayerNumbers(8, torch.zeros(5, 32, dtype=torch.uint8), codebook=torch.ones(1))
+    numbers = {"a.0": LayerNumbers(8, calibration="mse"), "head": table}
+
+    def support(form: str, bits: int) -> Support:
+        return Support.STORAGE if form == CODEBOOK else accept(form, bits)
+
+    asked = wanted(artifact(model, numbers), graph, "any", support)
+    assert asked.int8 == {"/a/a.0/Conv"}
+    assert asked.packed.keys() == {"/head/Gemm"}
+    assert asked.recipe.calibration == "mse"
 
 
 def test_calibration_stops_at_the_limit() -> None:

@@ -16,7 +16,8 @@ from compressors.fisher import Fisher, diagonal_fisher
 from compressors.pipeline import Context
 from compressors.plan import Step
 from compressors.prune import Prune
-from compressors.quantize import Quantize, dequantize, quantize_groups
+from compressors.quantize import Quantize
+from compressors.rounding import dequantize, quantize_groups
 
 
 def batches(inputs: Tensor) -> list[tuple[tuple[Tensor, ...], Tensor | None]]:

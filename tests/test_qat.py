@@ -20,6 +20,8 @@ from compressors.pipeline import Artifact, Compressor, Context, LayerNumbers, co
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
 from compressors.qat import PACE, Qat, Rounded, round_activation, round_weight
+from compressors.quantize import ROUNDINGS, Quantize
+from compressors.rounding import dequantize
 from evaluators.runtime import Runtime
 from search.cache import Cache
 from tests.context import make_context
@@ -144,6 +146,20 @@ def test_what_is_left_lies_on_the_grid_that_a_runtime_finds(net: str) -> None:
         torch.testing.assert_close(nearest(weight), weight, rtol=1e-5, atol=1e-7)
         assert changed(weight, build(net).get_parameter(f"{layer.name}.weight"))
     assert float(achieved["step_share"]) > 0
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_rounding_finds_that_grid(rounding: str) -> None:
+    """Those that could do more for the output find no error to make good."""
+    model = build("attention")
+    context = make_context(build("attention"))
+    qat(model, context, epochs=2)
+    step = Step("quantize", {"up": {"bits": 8}}, {"rounding": rounding, "bias_correction": True})
+    numbers = Quantize().apply(model, step, context, 0).numbers["up"]
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    weight = model.get_parameter("up.weight").detach()
+    torch.testing.assert_close(dequantize(numbers.values, numbers.scales), weight, rtol=1e-5, atol=1e-7)
 
 
 def changed(a: Tensor, b: Tensor) -> bool:

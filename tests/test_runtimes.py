@@ -25,8 +25,9 @@ from compressors.errors import Infeasible
 from compressors.layers import read_layers
 from compressors.pipeline import Artifact, Batch, Context, LayerNumbers
 from compressors.plan import CompressionPlan, LayerSpec, Target
-from evaluators import onnxruntime as onnxruntime_file
-from evaluators.export import calibration_arrays, layer_nodes
+from evaluators.export import Recipe, calibration_arrays, layer_nodes
+from evaluators.onnxruntime import float_nodes
+from evaluators.onnxruntime_int8 import quantize
 from evaluators.runtime import Deployed, Runtime, Support
 from tests.zoo import NETS, build, images
 
@@ -349,6 +350,6 @@ def test_an_edited_onnx_graph_is_what_its_quantizer_makes_without_these_nodes(ne
         anew = Deployed(edited.runtime, tmp_path / "anew", "fp32", edited.inputs)
         anew.folder.mkdir(exist_ok=True)
         batches = calibration_arrays(calibration, 256)
-        onnxruntime_file.quantize(base, anew.folder / "model.onnx", onnxruntime_file.float_nodes(graph, nodes), batches)
+        quantize(base, anew.folder / "model.onnx", float_nodes(graph, nodes), batches, Recipe())
         # Not less: calibrated anew, the logits and what float nodes read of a float node are rounded too.
         assert error(output(edited), output(anew)) < 0.03

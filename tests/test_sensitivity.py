@@ -22,7 +22,7 @@ from compressors.sparsify import Sparsify
 from evaluators.runtime import Support
 from search.facts import Aim
 from search.proposals import Proposer
-from search.sensitivity import guide
+from search.sensitivity import MOST_VARIANTS, guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
 from search.workload import Workload, classification
@@ -38,6 +38,13 @@ RECOVERY = {
 PRUNING = {"sparsity": {"choices": [0.0, 0.25, 0.5], "granularity": "layer"}, "align": {"choices": [1, 4]}}
 
 
+class Able(CountingRuntime):
+    """Has a kernel for everything."""
+
+    def support(self, kind: str, bits: int) -> Support:
+        return Support.KERNEL
+
+
 def make(
     net: str, spaces: Mapping[str, Mapping[str, Any]], folder: Path, more: Mapping[str, Compressor] | None = None
 ) -> tuple[nn.Module, SearchSpace, Guide | None]:
@@ -51,7 +58,7 @@ def make(
     compressors = {name: known[name] for name in spaces}
     groups = {name: c.groups(model, example) for name, c in compressors.items()}
     layers = read_layers(model, example)
-    runtimes = {name: CountingRuntime() for name in ("one", "two")}
+    runtimes = {name: Able() for name in ("one", "two")}
     space = build_space(spaces, compressors, groups, layers, runtimes)
     workload = Workload(f"{net}-noise", model, splits(), classification())
     return model, space, guide(workload, layers, compressors, space, folder)
@@ -175,6 +182,53 @@ def test_predicted_shares_are_those_of_the_factored_model(tmp_path: Path) -> Non
         parts = model.get_submodule(layer.name).modules()
         weights = sum(part.get_parameter("weight").numel() for part in parts if type(part) in KINDS)
         assert weights == pytest.approx(share * int(np.prod(layer.weight_shape)))
+
+
+def test_settings_that_no_prediction_tells_apart_are_left_to_trials(tmp_path: Path) -> None:
+    """They would only crowd out those that matter."""
+    quantizing = {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "layer"},
+        "group_size": {"choices": [16, 32], "when": 4},
+        "rounding": {"choices": ["nearest", "mse"]},
+        "calibration": {"choices": ["minmax", "percentile", "mse"], "when": 8},
+        "bias_correction": {"choices": [False, True]},
+    }
+    _, _, found = make("plain", {"quantize": quantizing}, tmp_path)
+    assert found is not None
+    answers = [variant.answers for variant in found.variants]
+    assert answers == [
+        {"quantize.group_size": size, "quantize.rounding": rounding}
+        for size in (16, 32)
+        for rounding in ("nearest", "mse")
+    ]
+
+
+def test_of_what_a_plan_leaves_out_no_effect_is_asked(tmp_path: Path) -> None:
+    quantizing = {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "layer"},
+        "group_size": {"choices": [16], "when": 4},
+        "rounding": {"choices": ["none", "nearest", "mse"]},
+    }
+    _, _, found = make("plain", {"quantize": quantizing}, tmp_path)
+    assert found is not None
+    none, nearest, mse = (variant.effects["quantize.bits@head"] for variant in found.variants)
+    assert (none[4], none[8]) == (mse[4], nearest[8])
+    assert mse[4].loss < nearest[4].loss < float("inf")
+
+
+def test_where_there_are_too_many_settings_all_values_stay(tmp_path: Path) -> None:
+    align = {"choices": [1, 2, 4, 8]}
+    pruning = {**PRUNING, "align": align}
+    quantizing = {
+        "bits": {"choices": {"conv": [8, 32], "linear": [4, 8, 32]}, "granularity": "model"},
+        "group_size": {"choices": [16, 32, 64, 128], "when": 4},
+        "rounding": {"choices": ["nearest", "mse", "gptq", "descent"]},
+    }
+    _, _, found = make("plain", {"prune": pruning, "quantize": quantizing}, tmp_path)
+    assert found is not None
+    assert len(found.variants) == 4 * MOST_VARIANTS
+    for key, values in (("group_size", {16, 32, 64, 128}), ("rounding", {"nearest", "mse", "gptq", "descent"})):
+        assert {variant.answers[f"quantize.{key}"] for variant in found.variants} == values
 
 
 def test_a_range_is_predicted_at_some_of_its_values(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.fisher import diagonal_fisher
 from compressors.layers import read_layers
-from compressors.quantize import dequantize, quantize_groups
+from compressors.rounding import dequantize, quantize_groups
 from search import build
 
 BITS = (2, 3, 4, 8)
