@@ -44,6 +44,9 @@ def quantize(
     """Calibrate on `batches` and write the 8-bit form of `source`, in the one pair of types with fast kernels."""
     from onnxruntime import quantization as q
 
+    # An older quantizer passes over the option without a word.
+    if recipe.symmetric and not hasattr(q.quant_utils, "snap_zero_point_to_uint8"):
+        raise Infeasible("this onnxruntime cannot put the middle of an activation's grid at zero; 1.31 can")
     ranges = {} if recipe.calibration == "minmax" else _ranges(source, batches, recipe.calibration)
     q.quantize_static(
         str(source),

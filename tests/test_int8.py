@@ -293,6 +293,13 @@ def test_symmetric_grids_have_their_middle_or_their_end_at_zero(runtime: str, tm
         assert ((low == 0) | np.isclose(low, -high * 128 / 127, rtol=1e-5)).all()
 
 
+def test_a_quantizer_without_symmetric_grids_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("onnxruntime.quantization.quant_utils.snap_zero_point_to_uint8")
+    model = build("plain")
+    with pytest.raises(Infeasible, match="cannot put the middle"):
+        deploy("onnxruntime", model, everywhere(model, symmetric=True), tmp_path)
+
+
 def test_the_range_with_the_least_error_gives_up_what_is_rare() -> None:
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     values[0] = 30.0
