@@ -20,6 +20,7 @@ from compressors.pipeline import Artifact, Compressor, Context, LayerNumbers, co
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
 from compressors.qat import PACE, Qat, Rounded, round_activation, round_weight
+from compressors.sparsify import Sparsify
 from evaluators.runtime import Runtime
 from search.cache import Cache
 from tests.context import make_context
@@ -144,6 +145,21 @@ def test_what_is_left_lies_on_the_grid_that_a_runtime_finds(net: str) -> None:
         torch.testing.assert_close(nearest(weight), weight, rtol=1e-5, atol=1e-7)
         assert changed(weight, build(net).get_parameter(f"{layer.name}.weight"))
     assert float(achieved["step_share"]) > 0
+
+
+def test_weights_that_are_held_at_zero_stay_there_and_the_others_come_to_the_grid(teacher: nn.Module) -> None:
+    student, context = copy.deepcopy(teacher), patterns_context(teacher)
+    half = Step("sparsify", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}})
+    Sparsify().apply(student, half, context, 0)
+    before = copy.deepcopy(student)
+    qat(student, context)
+    for model in (before, student):
+        Sparsify().release(model)
+    for layer in ("a.0", "b.0"):
+        held, weight = (m.get_parameter(f"{layer}.weight").detach() for m in (before, student))
+        assert torch.equal(weight == 0, (weight == 0) | (held == 0))
+        assert changed(held, weight)
+        torch.testing.assert_close(weight, nearest(weight), rtol=1e-5, atol=1e-7)
 
 
 def changed(a: Tensor, b: Tensor) -> bool:

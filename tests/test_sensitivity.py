@@ -20,8 +20,7 @@ from compressors.quantize import Quantize
 from compressors.separable import Separable
 from compressors.sparsify import Sparsify
 from evaluators.runtime import Support
-from search.facts import Aim, Reader
-from search.proposals import Proposer
+from search.facts import Reader
 from search.sensitivity import guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
