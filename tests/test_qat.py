@@ -148,10 +148,10 @@ def test_what_is_left_lies_on_the_grid_that_a_runtime_finds(net: str) -> None:
 
 
 def test_weights_that_are_held_at_zero_stay_there_and_the_others_come_to_the_grid(teacher: nn.Module) -> None:
-    student, context = copy.deepcopy(teacher), patterns_context(teacher)
+    before, student, context = copy.deepcopy(teacher), copy.deepcopy(teacher), patterns_context(teacher)
     half = Step("sparsify", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}})
-    Sparsify().apply(student, half, context, 0)
-    before = copy.deepcopy(student)
+    for model in (before, student):
+        Sparsify().apply(model, half, context, 0)
     qat(student, context)
     for model in (before, student):
         Sparsify().release(model)
