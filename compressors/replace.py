@@ -1,7 +1,6 @@
 """Puts several layers in the place of one and says where that can be done; what they compute is each method's own."""
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,11 +189,6 @@ def input_moments(
         for handle in handles:
             handle.remove()
     return {name: total / counts[name] for name, total in totals.items()}
-
-
-def is_number(value: object) -> bool:
-    """A finite one, and no yes or no."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager
