@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
-from compressors.layers import read_layers, weight_groups
+from compressors.layers import read_layers
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
-from compressors.replace import stands_for
+from compressors.replace import owners, worst
 
 BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embedding"), (2, 3, 4, 6, 8, 32))
 """What can be asked of each kind of layer."""
@@ -43,12 +43,7 @@ class Quantize:
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """Owner -> the layers that hold one weight tensor, or stand in the place of one layer."""
-        groups: dict[str, tuple[str, ...]] = {}
-        held = weight_groups(layer for layer in read_layers(model, example) if layer.kind in BITS)
-        for owner, members in held.items():
-            name = stands_for(model, owner)
-            groups[name] = (*groups.get(name, ()), *members)
-        return groups
+        return owners(model, (layer for layer in read_layers(model, example) if layer.kind in BITS))
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`bits` per layer, and `group_size` for those whose weights alone are rounded; without it, whole rows."""
@@ -146,9 +141,7 @@ def _together(
             told.append(settings)
         else:
             made[layer.name] = made[layer.tied_to]
-    keys = dict.fromkeys(key for settings in told for key in settings)
-    worst = {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
-    return {name: given for name, given in made.items() if given is not None}, worst
+    return {name: given for name, given in made.items() if given is not None}, worst(told)
 
 
 def _fitting(layer: LayerSpec, owner: str, bits: Scalar) -> Scalar:
