@@ -12,6 +12,7 @@ from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.layers import read_layers, weight_groups
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import Scalar, Settings, Step
+from compressors.replace import owners, worst
 
 MOST_CLUSTERS = 256
 FLOAT_BITS = 32
@@ -44,8 +45,8 @@ class Cluster:
     off: ClassVar[tuple[str, Scalar]] = ("clusters", 0)
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
-        """Owner -> the layers that hold one weight tensor, which is stored once."""
-        return weight_groups(read_layers(model, example))
+        """Owner -> the layers that hold one weight tensor, which is stored once, or stand in the place of one layer."""
+        return owners(model, read_layers(model, example))
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`clusters` per layer: 0, or from 2 to 256."""
@@ -55,10 +56,15 @@ class Cluster:
         fisher = diagonal_fisher(model, context.calibration(), self.examples, seed) if needed else None
         achieved: dict[str, Settings] = {}
         numbers: dict[str, LayerNumbers] = {}
+        held = weight_groups(read_layers(model, context.example))
         for owner, clusters in asked.items():
-            made, achieved[owner] = _layer(model, owner, clusters, fisher)
-            if made is not None:
-                numbers.update(dict.fromkeys(groups[owner], made))
+            told: list[Settings] = []
+            for first in (name for name in groups[owner] if name in held):
+                made, settings = _layer(model, first, clusters, fisher)
+                told.append(settings)
+                if made is not None:
+                    numbers.update(dict.fromkeys(held[first], made))
+            achieved[owner] = worst(told)
         return Applied(achieved, numbers)
 
     def effects(

@@ -69,8 +69,9 @@ class Effect:
     """What one setting of one group is expected to do, before anything is recovered.
 
     `loss` is the predicted rise of the loss; `outputs` and `inputs` are the shares of a layer's channels that stay;
-    `bits` are the widths in which layers compute, `stored` those of weights that only take less space. Shares from
-    several groups multiply, which is a little too much where their channels lie side by side in one layer's input.
+    `bits` are the widths in which layers compute, `stored` those of weights that only take less space. Where other
+    layers come into the place of one, `inputs` is the share of its weights that these have. Shares from several groups
+    multiply, which is a little too much where their channels lie side by side in one layer's input.
     """
 
     loss: float

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compressors.plan import LayerSpec
 
@@ -27,7 +28,7 @@ def read_layers(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[LayerSpe
     The example's batch size is divided out of `macs`.
     """
     model = copy.deepcopy(model).eval()
-    names = {module: name for name, module in model.named_modules() if type(module) in KINDS}
+    names = {module: name for name, module in model.named_modules() if _kind(module)}
     macs: dict[str, int] = {}
 
     def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -41,6 +42,21 @@ def read_layers(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[LayerSpe
     return tuple(_specs(model, macs, batch=len(example[0])))
 
 
+def weight_path(model: nn.Module, layer: str) -> str:
+    """The name of the parameter that holds a layer's weight, also while a parametrization makes another one of it."""
+    return f"{layer}.{_weight(model.get_submodule(layer))}"
+
+
+def _weight(module: nn.Module) -> str:
+    return "parametrizations.weight.original" if parametrize.is_parametrized(module, "weight") else "weight"
+
+
+def _kind(module: nn.Module) -> str:
+    # A parametrization puts a class of its own in front of the layer's.
+    own = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
+    return KINDS.get(own, "") if own else ""
+
+
 def weight_groups(layers: Iterable[LayerSpec]) -> dict[str, tuple[str, ...]]:
     """Owner -> the layers that hold its weight tensor, itself first."""
     groups: dict[str, list[str]] = {}
@@ -52,19 +68,18 @@ def weight_groups(layers: Iterable[LayerSpec]) -> dict[str, tuple[str, ...]]:
 def _macs(module: nn.Module, output: Tensor) -> int:
     if isinstance(module, nn.Embedding):
         return 0
-    weight = module.get_parameter("weight")
-    return output.numel() * weight[0].numel()
+    return output.numel() * module.get_parameter(_weight(module))[0].numel()
 
 
 def _specs(model: nn.Module, macs: dict[str, int], batch: int) -> Iterator[LayerSpec]:
     owners: dict[int, str] = {}
     for name, count in macs.items():
         module = model.get_submodule(name)
-        weight = module.get_parameter("weight")
+        weight = module.get_parameter(_weight(module))
         owner = owners.setdefault(id(weight), name)
         yield LayerSpec(
             name=name,
-            kind=KINDS[type(module)],
+            kind=_kind(module),
             weight_shape=tuple(weight.shape),
             params=sum(p.numel() for p in module.parameters()),
             macs=count // batch,

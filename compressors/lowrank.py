@@ -13,7 +13,7 @@ from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
-from compressors.replace import Site, directions, input_moments, is_number, layer_like, one_thread, put, sites
+from compressors.replace import Site, directions, input_moments, layer_like, one_thread, put, sites
 
 FORMS = ("tucker", "output")
 
@@ -199,13 +199,13 @@ def _chosen(known: Mapping[str, Site], name: str, settings: Settings, shared: _S
     if name not in known:
         raise Infeasible(f"lowrank has no layer {name}: possible are {', '.join(known) or 'none'}")
     share = settings["rank"]
-    if not is_number(share) or not 0 < float(share) <= 1:
+    if not isinstance(share, int | float) or not 0 < share <= 1:
         raise Infeasible(f"lowrank.rank of {name} is {share}: expected a share above 0 and up to 1")
     if share == 1:
         return None
     # Rounding is no reason to refuse: what does not save so is rounded down, and then not at all.
     for unit, up in ((shared.align, 0.5), (shared.align, 0.0), (1, 0.5)):
-        ranks = _rounded(known[name], float(share), shared.form, unit, up)
+        ranks = _rounded(known[name], share, shared.form, unit, up)
         if _saves(known[name], ranks):
             return ranks
     weights, macs = (new / old for new, old in zip(_costs(known[name], ranks), _whole(known[name]), strict=True))

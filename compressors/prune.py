@@ -35,7 +35,8 @@ class Prune:
     1708.06519, though without its penalty in training); whose removal changes the loss least, to first order
     (`taylor`, Molchanov 2019, arXiv 1906.10771) or by the Fisher information (`fisher`, Theis 2018, arXiv 1801.05787),
     both on 32 calibration examples; or any (`random`), which shows what a criterion is worth. Without labels `taylor`
-    is its own expectation over the model's answers, which is `fisher`.
+    is its own expectation over the model's answers, which is `fisher`. These two do not help a network that is sure of
+    nearly every example, as its gradients say little; and recovery evens out most of what a criterion gains.
 
     With the `allocation` global, the groups that a plan names lose together as many channels as their shares come to,
     but the weakest of all, wherever they are: with 0.5 for the whole model, those below its median.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compressors.layers import read_layers
+from compressors.layers import read_layers, weight_path
 from compressors.pipeline import Applied, Context
 from compressors.plan import Settings, Step, digest
 from compressors.recovery import Goal, Recovery, training, whole_epochs
@@ -80,7 +80,8 @@ class Rounded:
         layers = [layer for layer in read_layers(model, example) if layer.kind != "embedding"]
         owners = [layer.name for layer in layers if layer.tied_to is None]
         self._layers = [layer.name for layer in layers if (layer.tied_to or layer.name) in owners]
-        self._weights = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in owners}
+        paths = [weight_path(model, name) for name in owners]
+        self._weights = {path: model.get_parameter(path) for path in paths}
         self._began = {name: _largest_step(weight) for name, weight in self._weights.items()}
         self.paces = {name: nn.Parameter(torch.zeros_like(step)) for name, step in self._began.items()}
         """By weight, `(out, 1, ..)`: what is learned of the steps."""

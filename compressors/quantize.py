@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
 from compressors.inputs import layer_inputs
-from compressors.layers import read_layers, weight_groups
+from compressors.layers import read_layers
 from compressors.pipeline import CALIBRATIONS, Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
-from compressors.replace import one_thread, stands_for
+from compressors.replace import one_thread, owners, worst
 from compressors.rounding import closest_scales, dequantize, descended, gptq, nearest, output_error, widest_scales
 
 BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embedding"), (2, 3, 4, 6, 8, 32))
@@ -53,12 +53,7 @@ class Quantize:
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
         """Owner -> the layers that hold one weight tensor, or stand in the place of one layer."""
-        groups: dict[str, tuple[str, ...]] = {}
-        held = weight_groups(layer for layer in read_layers(model, example) if layer.kind in BITS)
-        for owner, members in held.items():
-            name = stands_for(model, owner)
-            groups[name] = (*groups.get(name, ()), *members)
-        return groups
+        return owners(model, (layer for layer in read_layers(model, example) if layer.kind in BITS))
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`bits` per layer; `group_size`, without it whole rows; `rounding` and `bias_correction` for every width.
@@ -88,7 +83,7 @@ class Quantize:
             for grid, inputs in _with_inputs(model, grids, recipe, context, seed):
                 made, told[grid.weight.name] = _made(grid, recipe, inputs)
                 numbers.update(dict.fromkeys(grid.weight.layers, made))
-        return Applied({o: _worst([told[weight.name] for weight in several]) for o, several in asked.items()}, numbers)
+        return Applied({o: worst([told[weight.name] for weight in several]) for o, several in asked.items()}, numbers)
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
@@ -301,11 +296,6 @@ def _values(grid: _Grid, rounding: str, inputs: Tensor | None) -> Tensor:
         return grid.nearest()
     fit = gptq if rounding == "gptq" else descended
     return fit(grid.by_part(grid.rows), grid.by_part(grid.scales), grid.weight.bits, inputs).reshape(grid.rows.shape)
-
-
-def _worst(told: Sequence[Settings]) -> Settings:
-    keys = dict.fromkeys(key for settings in told for key in settings)
-    return {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
 
 
 def _effect(model: nn.Module, parts: Sequence[LayerSpec], owner: str, settings: Settings, fisher: Fisher) -> Effect:

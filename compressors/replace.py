@@ -1,7 +1,6 @@
 """Puts several layers in the place of one and says where that can be done; what they compute is each method's own."""
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.layers import KINDS
+from compressors.layers import KINDS, weight_groups
+from compressors.plan import LayerSpec, Settings
 
 
 class InPlaceOf(nn.Sequential):
@@ -23,6 +23,21 @@ def stands_for(model: nn.Module, name: str) -> str:
     parts = name.split(".")
     above = (".".join(parts[:end]) for end in range(1, len(parts)))
     return next((path for path in above if isinstance(model.get_submodule(path), InPlaceOf)), name)
+
+
+def owners(model: nn.Module, layers: Iterable[LayerSpec]) -> dict[str, tuple[str, ...]]:
+    """Layer of the uncompressed model -> the layers that hold its weight tensor, or stand in its place."""
+    found: dict[str, tuple[str, ...]] = {}
+    for owner, members in weight_groups(layers).items():
+        name = stands_for(model, owner)
+        found[name] = (*found.get(name, ()), *members)
+    return found
+
+
+def worst(told: Sequence[Settings]) -> Settings:
+    """Of what layers with one setting came to, the largest by key."""
+    keys = dict.fromkeys(key for settings in told for key in settings)
+    return {key: max((settings[key] for settings in told if key in settings), key=float) for key in keys}
 
 
 @dataclass(frozen=True)
@@ -190,11 +205,6 @@ def input_moments(
         for handle in handles:
             handle.remove()
     return {name: total / counts[name] for name, total in totals.items()}
-
-
-def is_number(value: object) -> bool:
-    """A finite one, and no yes or no."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from compressors.replace import Site, layer_like, one_thread, put, sites, svd
 
 @dataclass(frozen=True)
 class Separable:
-    """A kxk convolution becomes one of kxk within each channel and one of 1x1 across them (Howard 2017, 1704.04861).
+    """A kxk convolution becomes one of kxk within each channel and one of 1x1 across them.
 
-    It begins as the best approximation of that form: of every input channel's kernels the one that says most, with a
-    share of it for each output. Without distillation it does not help: one kernel a channel is far too little for a
-    network that was trained with many. Nor does it help where a runtime has no fast depthwise kernel, or the layer has
-    few channels.
+    That is the form of MobileNet (Howard 2017, arXiv 1704.04861). It begins as the best approximation there is: of
+    every input channel's kernels the one that says most, with a share of it for each output. Without distillation it
+    does not help: one kernel a channel is far too little for a network that was trained with many. Nor does it help
+    where a runtime has no fast depthwise kernel, or the layer has few channels.
     """
 
     method: ClassVar[str] = "separable"

@@ -34,7 +34,8 @@ class Sparsify:
 
     Recovery trains under the masks, which are let go at its end: weights that were held keep what they were until then.
     With a `ramp`, the share of zeros rises with training as in Zhu 2017 (arXiv 1710.01878), one of its steps being a
-    call of the layer in training mode; if training ends before, the rest goes at once.
+    call of the layer in training mode; if training ends before, the rest goes at once. That does not help where
+    training is short, because what is left needs time to take over.
     """
 
     method: ClassVar[str] = "sparsify"

@@ -17,7 +17,7 @@ from compressors.plan import CompressionPlan
 from evaluators.runtime import Deployed, TensorSpec
 from search.liveness import this_process
 from search.records import record_from_json, record_to_json
-from search.remote import Away
+from search.remote import Away, reason
 from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 
@@ -206,11 +206,11 @@ class Outbox:
         except Away:
             if late:
                 raise
-        except Exception:
-            log.exception("the tracker refuses %s", folder)
+        except Exception as error:  # noqa: BLE001  a server may refuse in any way, and the study goes on
             refused = self.folder / "refused"
-            refused.mkdir(exist_ok=True)
+            log.warning("the tracker refuses %s, put aside in %s: %s", folder.name, refused, reason(error))
             with suppress(OSError):
+                refused.mkdir(exist_ok=True)
                 folder.rename(refused / f"{folder.parent.name}-{folder.name}")
         return None
 

@@ -65,14 +65,15 @@ class _Knob:
     """The layers that a knob touches.
 
     `shares` are logarithms of what they keep `(variants, choices, layers)`, and `outputs` the part of that which is
-    output channels; `sets` says where the knob decides about their numbers `(choices, layers)`, and there `classes` are
-    the precisions in which they compute and `sizes` the shares of their bytes that are stored. `inner` and `outer` are
-    the pairs of touched and untouched neighbours in model order.
+    output channels; `sets` says where the knob decides about their numbers `(choices, layers)`, `on` for which choices
+    at all; there `classes` are the precisions in which they compute and `sizes` the shares of their bytes that are
+    stored. `inner` and `outer` are the pairs of touched and untouched neighbours in model order.
     """
 
     layers: Ints
     shares: Floats
     outputs: Floats
+    on: Bools
     sets: Bools
     classes: Ints
     sizes: Floats
@@ -159,7 +160,9 @@ class Tables:
         pairs = [(i, n) for i, n in pairs if n not in layers]
         inner, outer = (np.array(side, dtype=np.intp) for side in (zip(*pairs, strict=True) if pairs else ((), ())))
         classes: Ints = np.searchsorted(self.widths, computed)
-        return _Knob(layers, shares, outputs, stored < FULL_BITS, classes, stored / FULL_BITS, inner, outer)
+        sets = stored < FULL_BITS
+        on: Bools = np.array([row.any() for row in sets])
+        return _Knob(layers, shares, outputs, on, sets, classes, stored / FULL_BITS, inner, outer)
 
     def _rivals_of(self, k: int) -> Ints:
         """The knobs of other methods that decide about the numbers of the same layers: a plan can have one of them."""
@@ -167,7 +170,7 @@ class Tables:
         rivals = [
             i
             for i, other in enumerate(self._knobs)
-            if i != k and mine.sets.any() and other.sets.any() and np.isin(mine.layers, other.layers).any()
+            if i != k and mine.on.any() and other.on.any() and np.isin(mine.layers, other.layers).any()
         ]
         return np.array(rivals, dtype=np.intp)
 
@@ -189,7 +192,7 @@ class Tables:
         classes = np.full((len(pick), len(self.macs)), self._full, dtype=np.intp)
         sizes = np.ones(classes.shape)
         for k, knob in enumerate(self._knobs):
-            if knob.sets.any():
+            if knob.on.any():
                 at, sets = knob.layers, knob.sets[pick[:, k]]
                 classes[:, at] = np.where(sets, knob.classes[pick[:, k]], classes[:, at])
                 sizes[:, at] = np.where(sets, knob.sizes[pick[:, k]], sizes[:, at])
@@ -236,49 +239,65 @@ class Tables:
                 at, table = knob.layers, knob.shares[variant]
                 others = shares[:, at] - table[rows, pick[:, k]]
                 kept = others[:, None, :] + table
-                mine = knob.sets[pick[:, k]]
-                below = np.where(mine, self._full, classes[:, at]), np.where(mine, 1.0, sizes[:, at])
-                total = losses[:, k] + self._cost(knob, np.exp(kept), below, classes, rates)
-                total = total + self._rivalry(k, pick, free, losses)
+                own, stored = self._choices(k, pick, classes, sizes)
+                total = losses[:, k] + self._cost(knob, np.exp(kept), own, stored, classes, rates)
+                if len(self._rivals[k]):
+                    total = total + self._rivalry(k, pick, free, losses)
                 # Of layers that another knob leaves out nothing is asked.
                 asked = (np.exp(others) > GONE).any(1) & ~self.hidden(pick, k)
                 wanted = np.where(asked, total.argmin(1), self.off[k])
                 best = np.where(free[:, k], wanted, pick[:, k])
                 pick[:, k] = best
                 shares[:, at] = kept[rows, best]
-                classes[:, at] = np.where(knob.sets[best], knob.classes[best], below[0])
-                sizes[:, at] = np.where(knob.sets[best], knob.sizes[best], below[1])
-                turned = rows[knob.sets[best].any(1)] if len(self._rivals[k]) else rows[:0]
-                if len(turned):
-                    off = np.where(free[turned], self.off, pick[turned])[:, self._rivals[k]]
-                    pick[turned[:, None], self._rivals[k]] = off
-                    classes[turned], sizes[turned] = self.numbers(pick[turned])
+                for rival in self._rivals[k]:
+                    self._turn_off(rival, knob.on[best] & free[:, rival], pick, classes, sizes)
+                if knob.on.any():
+                    every = (len(pick), *own.shape[1:])
+                    classes[:, at] = np.broadcast_to(own, every)[rows, best]
+                    sizes[:, at] = np.broadcast_to(stored, every)[rows, best]
         return pick
 
-    def _cost(self, knob: _Knob, kept: Floats, below: tuple[Ints, Floats], classes: Ints, rates: Rates) -> Floats:
-        """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are.
+    def _turn_off(self, rival: int, where: Bools, pick: Ints, classes: Ints, sizes: Floats) -> None:
+        """In the rows `where` another knob decides; what the rival set goes, of other layers too."""
+        turned = np.flatnonzero(where & (pick[:, rival] != self.off[rival]))
+        pick[turned, rival] = self.off[rival]
+        both = np.ix_(turned, self._knobs[rival].layers)
+        classes[both], sizes[both] = self._full, 1.0
 
-        `below` are precisions and sizes `(rows, layers)` of what it does not decide about.
+    def _choices(self, k: int, pick: Ints, classes: Ints, sizes: Floats) -> tuple[Ints, Floats]:
+        """Precisions and stored shares of the knob's layers for each choice: `(rows or 1, choices or 1, layers)`.
+
+        Where a choice does not decide about them, they are what a rival makes of them.
         """
-        own = np.where(knob.sets, knob.classes, below[0][:, None, :])
-        sizes = np.where(knob.sets, knob.sizes, below[1][:, None, :])
+        knob = self._knobs[k]
+        if not knob.on.any():
+            return classes[:, None, knob.layers], sizes[:, None, knob.layers]
+        if not len(self._rivals[k]):
+            return knob.classes[None], knob.sizes[None]
+        mine = knob.sets[pick[:, k]]
+        others = np.where(mine, self._full, classes[:, knob.layers]), np.where(mine, 1.0, sizes[:, knob.layers])
+        return (
+            np.where(knob.sets, knob.classes, others[0][:, None, :]),
+            np.where(knob.sets, knob.sizes, others[1][:, None, :]),
+        )
+
+    def _cost(self, knob: _Knob, kept: Floats, own: Ints, stored: Floats, classes: Ints, rates: Rates) -> Floats:
+        """`(rows, choices)`: what the knob's layers cost for each of its choices, the other knobs as they are."""
         rows, layers = np.arange(len(kept))[:, None, None], len(self.macs)
-        fixed = (kept > GONE) * rates.layers[rows, own] / layers
         rate = rates.macs[rows, own] * self.macs[knob.layers]
-        rate = rate + rates.bytes[:, None, None] * self.params[knob.layers] * sizes
-        apart = classes[:, None, knob.outer] != own[:, :, knob.inner]
-        cost: Floats = (kept * rate + fixed).sum(2) + rates.switches[:, None] * apart.sum(2) / max(1, layers - 1)
+        rate = rate + rates.bytes[:, None, None] * self.params[knob.layers] * stored
+        cost: Floats = (kept * rate + (kept > GONE) * (rates.layers[rows, own] / layers)).sum(2)
+        if knob.on.any():
+            apart = classes[:, None, knob.outer] != own[:, :, knob.inner]
+            cost = cost + rates.switches[:, None] * apart.sum(2) / max(1, layers - 1)
         return cost
 
     def _rivalry(self, k: int, pick: Ints, free: Bools, losses: Floats) -> Floats:
         """`(rows, choices)`: what rivals lose where the knob leaves them alone; not to be paid where they must stay."""
         rivals, rows = self._rivals[k], np.arange(len(pick))[:, None]
-        if not len(rivals):
-            return np.zeros((1, 1))
-        on = self._knobs[k].sets.any(1)
         spent = (losses[rows, rivals, pick[:, rivals]] - losses[rows, rivals, self.off[rivals]]).sum(1)
         stay = ((pick[:, rivals] != self.off[rivals]) & ~free[:, rivals]).any(1)
-        spared: Floats = np.where(on, np.where(stay, np.inf, 0.0)[:, None], spent[:, None])
+        spared: Floats = np.where(self._knobs[k].on, np.where(stay, np.inf, 0.0)[:, None], spent[:, None])
         return spared
 
 

@@ -90,7 +90,10 @@ OPTIONS = {
     "an unknown option": ("budget.minuts=3", "did you mean budget.minutes?"),
     "an unknown group": ("compresor.quantize=1", "did you mean compressor.quantize?"),
     "an unknown option of a group": ("model=resnet21", "use resnet18, resnet20, torchvision"),
-    "an unknown member of a list": ("compressor=[quantise]", "use depth, distill, prune, quantize, sparsify"),
+    "an unknown member of a list": (
+        "compressor=[quantise]",
+        "use cluster, depth, distill, lowrank, prune, qat, quantize, separable, sparsify",
+    ),
     "an entry without a plus": ("bounds={sise:3}", "+bounds.NAME=VALUE"),
     "brackets left open": ("budget.trials=[1", "brackets closed"),
     "no equals sign": ("quick", "OPTION=VALUE"),
@@ -147,7 +150,7 @@ def test_a_wrong_option_is_one_line_with_what_to_do(word: str, refused: Refused)
 
 WORK = {
     "patterns that match no layer": ("compressor.quantize.space.bits.include=[no*]", "'no*' matches no layer"),
-    "bits without a kernel": ("compressor.quantize.space.bits.choices.conv=[3,32]", "3 bits for conv layers (stem)"),
+    "bits without a kernel": ("compressor.quantize.space.bits.choices.conv=[16,32]", "16 bits for conv layers (stem)"),
     "a missing checkpoint": ("model.checkpoint=none.pt", "none.pt is no file"),
     "a torn checkpoint": ("model.checkpoint=junk.safetensors", "cannot be read as plain weights"),
     "a checkpoint of another shape": ("model.checkpoint=seven.safetensors", "head.weight is (7, 64), not (10, 64)"),

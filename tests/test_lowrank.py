@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 import conf
+from compressors.distill import Distill
 from compressors.errors import Infeasible
 from compressors.fisher import diagonal_fisher
 from compressors.layers import read_layers
@@ -24,6 +25,7 @@ from compressors.quantize import Quantize
 from compressors.replace import InPlaceOf
 from tests.context import make_context
 from tests.test_fisher import batches, divergence, rank_correlation, trained
+from tests.test_pipeline import Disk
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
 from tests.zoo import NETS, build, images
 
@@ -282,6 +284,25 @@ def test_bits_are_meant_for_all_that_stands_in_a_layers_place() -> None:
     assert list(achieved) == ["up", "down", "head"]
     assert [settings["bits"] for settings in achieved.values()] == [8, 4, 8]
     assert 0 < float(achieved["up"]["relative_error"]) < 0.15
+
+
+def test_another_process_finds_what_was_trained_and_rounded() -> None:
+    """The structure is made again, the weights and the 4-bit values are those that were stored."""
+    low = Step("lowrank", {"up": {"rank": 0.25}, "query": {"rank": 0.25}}, {**SHARED, "whiten": True})
+    bits = Step("quantize", {"up": {"bits": 4}, "down": {"bits": 4}}, {"group_size": 32})
+    model, disk = build("attention"), Disk()
+    distill = Distill(weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=32, first_round=1)
+    train = Step("distill", {}, {"epochs": 1, "temperature": 2, "weight": 1.0, "learning_rate": 0.01})
+    methods: dict[str, Compressor] = {"lowrank": LowRank(), "distill": distill, "quantize": Quantize()}
+    first, again = (compress(model, plan(bits, train, low), methods, make_context(model), disk) for _ in range(2))
+    assert len(disk.kept) == 1
+    assert len(disk.numbers) == 2
+    assert "distill" not in again.seconds
+    assert "quantize" not in again.seconds
+    assert again.model.state_dict().keys() == first.model.state_dict().keys()
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in first.model.state_dict().items())
+    assert again.numbers.keys() == first.numbers.keys() == {"up.0", "up.1", "down"}
+    assert again.achieved == first.achieved
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

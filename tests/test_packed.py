@@ -320,6 +320,16 @@ def test_embeddings_are_stored_row_by_row(name: str, bits: int, tmp_path: Path) 
 
 
 @every_runtime
+def test_a_stored_table_stands_beside_an_8_bit_layer(name: str, tmp_path: Path) -> None:
+    model = made(Language)
+    numbers, weight = integers(model.get_parameter("embed.weight").detach(), 4)
+    mixed = {"embed": numbers, "head": numbers, "body": LayerNumbers(8)}
+    deployed = deploy(name, model, tokens(), mixed, tmp_path)
+    assert off_by(deployed, replaced(model, {"embed": weight}), tokens(5, 9)) < 0.1
+    assert int8_kernels(deployed) == 1
+
+
+@every_runtime
 def test_layers_that_share_a_weight_store_it_once(name: str, tmp_path: Path) -> None:
     model = build("tied")
     given, weight = clustered(model.get_parameter("first.weight").detach(), 8)

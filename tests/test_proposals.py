@@ -184,6 +184,19 @@ def test_two_names_of_one_choice_are_one() -> None:
     assert fixed.answers == {"share@a": 0.75}, "what somebody asked for keeps its name"
 
 
+def test_what_another_knob_hides_is_never_proposed() -> None:
+    hidden_by = {f"bits@{layer.name}": [f"prune.share@{layer.name}"] for layer in LAYERS}
+    proposer, facts = Proposer(replace(make_guide(), hidden_by=hidden_by), AIM), list[Fact]()
+    for number in range(20):
+        found = proposer.propose(facts, {}, np.random.default_rng(number))
+        assert found is not None
+        assert not any(found.answers[b] == 8 and found.answers[p] for b, (p,) in hidden_by.items())
+        values, loss = truth(found.answers)
+        facts.append(Fact(number, found.answers, values, loss=loss, seconds=1.0))
+    assert any(fact.answers["bits@l0"] == 8 for fact in facts)
+    assert any(fact.answers["prune.share@l0"] for fact in facts)
+
+
 def test_the_best_of_each_growth_may_grow_though_what_grew_before_is_better() -> None:
     guide = make_guide()
 

@@ -22,6 +22,7 @@ from compressors.prune import Prune
 from compressors.qat import PACE, Qat, Rounded, round_activation, round_weight
 from compressors.quantize import ROUNDINGS, Quantize
 from compressors.rounding import dequantize
+from compressors.sparsify import Sparsify
 from evaluators.runtime import Runtime
 from search.cache import Cache
 from tests.context import make_context
@@ -160,6 +161,21 @@ def test_every_rounding_finds_that_grid(rounding: str) -> None:
     assert numbers.scales is not None
     weight = model.get_parameter("up.weight").detach()
     torch.testing.assert_close(dequantize(numbers.values, numbers.scales), weight, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_are_held_at_zero_stay_there_and_the_others_come_to_the_grid(teacher: nn.Module) -> None:
+    before, student, context = copy.deepcopy(teacher), copy.deepcopy(teacher), patterns_context(teacher)
+    half = Step("sparsify", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}})
+    for model in (before, student):
+        Sparsify().apply(model, half, context, 0)
+    qat(student, context)
+    for model in (before, student):
+        Sparsify().release(model)
+    for layer in ("a.0", "b.0"):
+        held, weight = (m.get_parameter(f"{layer}.weight").detach() for m in (before, student))
+        assert torch.equal(weight == 0, (weight == 0) | (held == 0))
+        assert changed(held, weight)
+        torch.testing.assert_close(weight, nearest(weight), rtol=1e-5, atol=1e-7)
 
 
 def changed(a: Tensor, b: Tensor) -> bool:

@@ -20,8 +20,7 @@ from compressors.quantize import Quantize
 from compressors.separable import Separable
 from compressors.sparsify import Sparsify
 from evaluators.runtime import Support
-from search.facts import Aim
-from search.proposals import Proposer
+from search.facts import Reader
 from search.sensitivity import MOST_VARIANTS, guide
 from search.solver import Guide, Tables
 from search.space import SearchSpace, build_space
@@ -159,13 +158,13 @@ def test_what_replaces_a_layer_hides_what_would_replace_it_later(tmp_path: Path)
     }
     assert found.structural >= {"lowrank.rank@a.0", "separable.replace@a.0"}
     both = {knob.name: knob.last() for method in space.methods for knob in method.deciding}
-    proposer = Proposer(found, Aim(("quality", "latency"), None))
-    rows = proposer._fresh(np.ones((1, len(both)), dtype=np.intp), np.random.default_rng(0), 1.0, np.ones((1, 1)) > 0)
-    rows.pick = np.array(
-        [[choices.index(both[n]) for n, choices in zip(proposer.tables.names, proposer.tables.choices, strict=True)]]
-    )
-    rows.pick = proposer._named(rows)
-    assert proposer.reader.parse(found.asked({**both, "deploy.runtime": "one"})).pick == tuple(rows.pick[0])
+    reader = Reader(found)
+    names, choices = reader.tables.names, reader.tables.choices
+    pick = np.array([[c.index(both[name]) for name, c in zip(names, choices, strict=True)]])
+    hidden = [k for k in range(len(names)) if reader.tables.hidden(pick, k)]
+    assert {names[k] for k in hidden} == {"separable.replace@a.0", "separable.replace@b.0"}
+    asked = reader.parse(found.asked({**both, "deploy.runtime": "one"})).pick
+    assert [asked[k] for k in hidden] == [reader.tables.off[k] for k in hidden], "as the space sees it"
 
 
 def test_predicted_shares_are_those_of_the_factored_model(tmp_path: Path) -> None:
