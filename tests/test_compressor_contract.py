@@ -256,7 +256,8 @@ def _impossible() -> list[tuple[str, str]]:
 def test_an_impossible_value_is_infeasible(name: str, key: str) -> None:
     good = step(name, "residual", "strongest")
     per_layer = {owner: {k: -1 if k == key else v for k, v in s.items()} for owner, s in good.per_layer.items()}
-    bad = Step(name, per_layer, {k: -1 if k == key else v for k, v in good.shared.items()})
+    shared = {**good.shared, **({key: -1} if key in method(name).keys(per_layer=False) else {})}
+    bad = Step(name, per_layer, shared)
     with pytest.raises(Infeasible, match=key):
         run(build("residual"), bad)
 
