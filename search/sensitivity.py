@@ -25,7 +25,7 @@ EXAMPLES = 32
 MOST_VARIANTS = 12
 RANGE_LEVELS = 6
 # Raised whenever predictions are made in another way.
-FORMAT = 2
+FORMAT = 3
 
 
 def guide(
