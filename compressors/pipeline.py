@@ -220,8 +220,8 @@ def compress(
     store: PrefixStore | None = None,
 ) -> Artifact:
     """Run the plan's steps on a copy of `model` in stage order; the given model is left untouched."""
-    run = _Run(plan, compressors, context, store or _Nothing())
-    made = run.float_model(model)
+    run = _Run(model, plan, compressors, context, store or _Nothing())
+    made = run.float_model()
     numeric = {step.method: run.numbers(made.model, step) for step in run.of_stages(Stage.NUMERIC)}
     achieved = {**made.achieved, **{method: applied.achieved for method, applied in numeric.items()}}
     # Sorted, because files must not tell which of them were stored.
@@ -258,9 +258,15 @@ class _Run:
     """The stages of one `compress` call."""
 
     def __init__(
-        self, plan: CompressionPlan, compressors: Mapping[str, Compressor], context: Context, store: PrefixStore
+        self,
+        original: nn.Module,
+        plan: CompressionPlan,
+        compressors: Mapping[str, Compressor],
+        context: Context,
+        store: PrefixStore,
     ) -> None:
-        self.plan, self.compressors, self.context, self.store = plan, compressors, context, store
+        self.original, self.plan, self.compressors = original, plan, compressors
+        self.context, self.store = context, store
         self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
         self.assistants: dict[str, FloatModel] = {}
@@ -268,29 +274,26 @@ class _Run:
     def of_stages(self, *stages: Stage) -> list[Step]:
         return _of_stages(self.plan, self.compressors, *stages)
 
-    def float_model(self, original: nn.Module) -> FloatModel:
+    def float_model(self) -> FloatModel:
         recalled = self.store.recall(self.prefix)
         if recalled is not None:
             return recalled
-        self.original = original
         structure, recovery = self.of_stages(*CHANGES), self.of_stages(Stage.RECOVER)
-        model, achieved = self._cut(original, structure, ())
+        model, achieved = self._cut(structure, ())
         way = list(self._way(structure, recovery))
         passed, recovered = self._furthest(way, model)
         between = self._between(structure, recovery)
         if between and not passed:
-            model, achieved = self._cut(original, structure, between)
+            model, achieved = self._cut(structure, between)
         achieved.update(self._train(model, way[passed:], recovered, self.context.between_rounds))
         self._release(model, structure)
         made = FloatModel(model.eval().requires_grad_(False), achieved)
         self.store.remember(self.prefix, made)
         return made
 
-    def _cut(
-        self, original: nn.Module, structure: Sequence[Step], between: Sequence[Step]
-    ) -> tuple[nn.Module, dict[str, Achieved]]:
+    def _cut(self, structure: Sequence[Step], between: Sequence[Step]) -> tuple[nn.Module, dict[str, Achieved]]:
         """A copy of another structure, trained `between` taking modules out and cutting what is left of them."""
-        model = copy.deepcopy(original).eval()
+        model = copy.deepcopy(self.original).eval()
         achieved: dict[str, Achieved] = {}
         for position, step in enumerate(structure, start=1):
             achieved[step.method] = self._apply(model, step).achieved
@@ -393,9 +396,9 @@ class _Run:
             return self.context
         if plan.digest not in self.assistants:
             context = replace(self.context, between_rounds=lambda _step, _achieved: None)
-            run = _Run(plan, self.compressors, context, self.store)
+            run = _Run(self.original, plan, self.compressors, context, self.store)
             run.seconds = self.seconds
-            self.assistants[plan.digest] = run.float_model(self.original)
+            self.assistants[plan.digest] = run.float_model()
         return replace(self.context, teacher=self.assistants[plan.digest].model, answers=None)
 
     @contextmanager
