@@ -12,7 +12,7 @@ from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.layers import read_layers, weight_groups
 from compressors.pipeline import Applied, Context, LayerNumbers, Stage
 from compressors.plan import Scalar, Settings, Step
-from compressors.replace import owners, worst
+from compressors.replace import one_thread, owners, worst
 
 MOST_CLUSTERS = 256
 FLOAT_BITS = 32
@@ -53,7 +53,8 @@ class Cluster:
         groups = self.groups(model, context.example)
         asked = {owner: _asked(owner, settings, groups) for owner, settings in step.per_layer.items()}
         needed = self.examples and any(asked.values())
-        fisher = diagonal_fisher(model, context.calibration(), self.examples, seed) if needed else None
+        with one_thread():
+            fisher = diagonal_fisher(model, context.calibration(), self.examples, seed) if needed else None
         achieved: dict[str, Settings] = {}
         numbers: dict[str, LayerNumbers] = {}
         held = weight_groups(read_layers(model, context.example))
@@ -91,6 +92,11 @@ def kmeans(weight: Tensor, clusters: int, importance: Tensor | None = None) -> t
     taken. What Lloyd cannot do is mended: as long as that helps, the two neighbours that are best merged give a centre
     to the cluster that is best split. Weights with no more than `clusters` values keep them exactly.
     """
+    zero = weight.detach() == 0
+    if LEAST_SHARE < zero.float().mean() < 1:
+        # Held at zero: an average with small weights would let go of them.
+        indices, codebook = kmeans(weight[~zero], clusters - 1, None if importance is None else importance[~zero])
+        return _with_zero(zero, indices, codebook)
     points, order = weight.detach().flatten().double().sort()
     line = _Line(points, _masses(weight, importance)[order])
     centres = torch.unique_consecutive(line.points)
@@ -99,6 +105,14 @@ def kmeans(weight: Tensor, clusters: int, importance: Tensor | None = None) -> t
     codebook = torch.unique(centres.float())
     indices = torch.bucketize(weight.detach().double(), _borders(codebook.double()))
     return indices.to(torch.uint8), codebook
+
+
+def _with_zero(zero: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """A centre of their own for the weights that are `zero`, besides those of the others."""
+    at = int((codebook < 0).sum())
+    every = torch.full(zero.shape, at, dtype=torch.uint8)
+    every[~zero] = indices + (indices >= at).to(torch.uint8)
+    return every, torch.cat([codebook[:at], codebook.new_zeros(1), codebook[at:]])
 
 
 class _Line:
@@ -157,6 +171,8 @@ class _Line:
         parts = torch.stack([low[1][split], high[1][split]])
         if len(centres) < clusters:
             return torch.cat([means[:split], parts, means[split + 1 :]]) if gains[split] > 0 else None
+        if len(centres) == 1:
+            return None
         costs = _ward((masses[:-1], means[:-1]), (masses[1:], means[1:]))
         costs[max(split - 1, 0) : split + 1] = torch.inf  # these would merge what is split
         first = int(costs.argmin())

@@ -59,6 +59,9 @@ class Distill(Recovery):
             try:
                 checked(self.method, self.parent)
                 _matching(self.parent)
+                if self.parent.get("assistant", NONE) != NONE:
+                    # It would be made of whichever child comes first.
+                    raise Infeasible("distill.assistant of a parent: expected none")
             except Infeasible as infeasible:
                 raise ConfigError("compressor.distill.parent", infeasible.reason, "correct it, or null") from None
 

@@ -148,8 +148,12 @@ def _fit(given: Tensor, wanted: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
 
 def _shown(student: nn.Module, teacher: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Features, Features]:
     """What both make of `inputs` in the blocks that they have in common, in the order of the teacher's."""
-    left = set(_places(student, inputs))
-    places = [name for name in _places(teacher, inputs) if name in left]
+    # The last one is left out: the models' outputs are compared as it is.
+    asked = _places(teacher, list(_blocks(teacher)), inputs)[:-1]
+    # What was left out of the student has no parameters any more; what was replaced or is held has them.
+    kept = {name: module for name, module in student.named_modules() if any(True for _ in module.parameters())}
+    left = set(_places(student, [name for name in asked if name in kept], inputs))
+    places = [name for name in asked if name in left]
     if not places:
         raise Infeasible("match: no block is left that the teacher has too; use none or cosine")
     with _features(student, places) as ours, _features(teacher, places) as theirs, torch.no_grad():
@@ -158,11 +162,8 @@ def _shown(student: nn.Module, teacher: nn.Module, inputs: tuple[Tensor, ...]) -
     return {name: ours[name] for name in places}, {name: theirs[name] for name in places}
 
 
-def _places(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
-    """The blocks that are called once and give a tensor, in the order of their ends.
-
-    The last one is left out: the models' outputs are compared as it is.
-    """
+def _places(model: nn.Module, names: Sequence[str], inputs: tuple[Tensor, ...]) -> list[str]:
+    """Of these modules, those that are called once and give a tensor, in the order of their ends."""
     calls: list[str] = []
     odd: set[str] = set()
 
@@ -173,7 +174,7 @@ def _places(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: note(name, output))
-        for name in _blocks(model)
+        for name in names
     ]
     try:
         with torch.no_grad():
@@ -181,7 +182,7 @@ def _places(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name in list(dict.fromkeys(calls))[:-1] if name not in odd]
+    return [name for name in dict.fromkeys(calls) if name not in odd]
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:

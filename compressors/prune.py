@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
+from compressors.replace import one_thread
 
 CRITERIA = ("l2", "l1", "bn_scale", "taylor", "fisher", "random")
 ON_DATA = ("taylor", "fisher")
@@ -160,8 +162,9 @@ def _named(groups: Iterable[Group], owners: Iterable[str]) -> dict[str, Group]:
 
 def _judged(model: nn.Module, groups: Mapping[str, Group], ask: _Ask, context: Context, seed: int) -> dict[str, Tensor]:
     """The scores of each group's channels."""
-    fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if ask.criterion in ON_DATA else None
-    return {owner: _scores(model, group, ask.criterion, fisher, seed) for owner, group in groups.items()}
+    with one_thread():
+        fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if ask.criterion in ON_DATA else None
+        return {owner: _scores(model, group, ask.criterion, fisher, seed) for owner, group in groups.items()}
 
 
 def _scores(model: nn.Module, group: Group, criterion: str, fisher: Fisher | None, seed: int) -> Tensor:
@@ -223,12 +226,14 @@ def _effects(model: nn.Module, groups: Mapping[str, Group], settings: Settings, 
     ask, shares = _Ask.read(settings), {owner: _sparsity(owner, settings) for owner in groups}
     if not any(shares.values()):
         return {owner: _effect(group, frozenset(), fisher) for owner, group in groups.items()}
-    try:
-        scores = {owner: _scores(model, group, ask.criterion, fisher, 0) for owner, group in groups.items()}
-    except Infeasible:
-        return dict.fromkeys(groups, Effect(math.inf))
-    kept = _kept(ask, shares, scores)
-    return {owner: _effect(group, _weakest(scores[owner], kept[owner]), fisher) for owner, group in groups.items()}
+    scores: dict[str, Tensor] = {}
+    for owner, group in groups.items():
+        # A criterion need not have a say on every group.
+        with suppress(Infeasible):
+            scores[owner] = _scores(model, group, ask.criterion, fisher, 0)
+    kept = _kept(ask, {owner: shares[owner] for owner in scores}, scores)
+    going = {owner: _weakest(judged, kept[owner]) for owner, judged in scores.items()}
+    return {o: _effect(group, going[o], fisher) if o in going else Effect(math.inf) for o, group in groups.items()}
 
 
 def _effect(group: Group, removed: frozenset[int], fisher: Fisher) -> Effect:

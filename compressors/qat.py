@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from compressors.errors import Infeasible
 from compressors.layers import read_layers, weight_path
 from compressors.pipeline import Applied, Context
 from compressors.plan import Settings, Step, digest
@@ -57,6 +58,8 @@ class Qat(Recovery):
             return Applied({"": {"epochs": 0}})
         goal = Goal.read(self.method, step.shared, context, half=False)
         rounded = Rounded(model, context.example)
+        if not rounded.paces:
+            raise Infeasible("qat finds no layer to round: all weights belong to embeddings")
         with training(model), rounded.inputs(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(digest([seed, self.method]), 16))
             _freeze(model)

@@ -14,6 +14,7 @@ from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.layers import inside, read_layers
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
+from compressors.replace import one_thread
 
 KINDS = ("conv", "linear")
 CRITERIA = ("magnitude", "fisher", "movement")
@@ -32,7 +33,7 @@ class Sparsify:
     sums the pull up while the model trains; here it is taken once, on 32 labelled calibration examples, so that it
     is far weaker than theirs.
 
-    Recovery trains under the masks, which are let go at its end: weights that were held keep what they were until then.
+    Recovery trains under the masks, which are let go at its end: weights that were held are only decayed until then.
     With a `ramp`, the share of zeros rises with training as in Zhu 2017 (arXiv 1710.01878), one of its steps being a
     call of the layer in training mode; if training ends before, the rest goes at once. That does not help where
     training is short, because what is left needs time to take over.
@@ -56,13 +57,14 @@ class Sparsify:
         ask = _Ask.read(step.shared)
         layers = _layers(model, context.example)
         needs_data = ask.criterion != "magnitude" and step.per_layer
-        fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if needs_data else None
-        achieved: dict[str, Settings] = {}
-        for owner, settings in step.per_layer.items():
-            sparsity = _sparsity(owner, settings)
-            names = _inside(layers, owner)
-            zeros = sum(_hold(model, name, _tied(layers, name), sparsity, ask, fisher) for name in names)
-            achieved[owner] = {"sparsity": zeros / sum(math.prod(layers[name].weight_shape) for name in names)}
+        with one_thread():
+            fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if needs_data else None
+            achieved: dict[str, Settings] = {}
+            for owner, settings in step.per_layer.items():
+                sparsity = _sparsity(owner, settings)
+                names = _inside(layers, owner)
+                zeros = sum(_hold(model, name, _tied(layers, name), sparsity, ask, fisher) for name in names)
+                achieved[owner] = {"sparsity": zeros / sum(math.prod(layers[name].weight_shape) for name in names)}
         return Applied(achieved)
 
     def release(self, model: nn.Module) -> None:

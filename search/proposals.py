@@ -133,7 +133,7 @@ class Proposer:
         """Picks by the one name that each has in its variant, and off where they are not asked."""
         named: Ints = self.tables.same[rows.variant[:, None], np.arange(rows.pick.shape[1]), rows.pick]
         for k, off in enumerate(self.tables.off):
-            named[self.tables.hidden(named, k), k] = off
+            named[self.tables.hidden(named, k) | self.tables.outrun(named, k), k] = off
         return named
 
     def _new(self, standing: Standing, rng: np.random.Generator) -> Rows:

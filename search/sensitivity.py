@@ -87,15 +87,28 @@ def _tables(workload: Workload, compressor: Sensitive, method: Method, fisher: F
             parts.setdefault(knob.name, {}).setdefault(value, []).append(effect)
         answers = {knob.name: value for knob, value in zip(shared, row, strict=True)}
         variants.append(Variant(answers, {n: {v: _sum(e) for v, e in found.items()} for n, found in parts.items()}))
+    for knob in shared:
+        variants = _without(knob.name, variants)
     return variants
+
+
+def _without(knob: str, variants: list[Variant]) -> list[Variant]:
+    """The same without a knob that changes nothing; trials learn about it, and not the tables."""
+    found: dict[frozenset[tuple[str, Scalar]], Variant] = {}
+    for variant in variants:
+        others = {name: value for name, value in variant.answers.items() if name != knob}
+        first = found.setdefault(frozenset(others.items()), Variant(others, variant.effects))
+        if first.effects != variant.effects:
+            return variants
+    return list(found.values()) if len(found) < len(variants) else variants
 
 
 def _asked_of(method: Method, shared: Settings) -> list[tuple[Knob, Scalar, str, Settings]]:
     """Every value of every deciding knob for each owner, with the settings that the effect is asked for."""
-    told = {knob.key: knob.middle() for knob in method.others if not knob.owners} | dict(shared)
-    told = {key: value for key, value in told.items() if value != NONE}
+    others = [(knob, shared.get(knob.key, knob.middle())) for knob in method.others if not knob.owners]
+    told = [(knob, value) for knob, value in others if value != NONE]
     return [
-        (knob, value, owner, {knob.key: value, **told})
+        (knob, value, owner, {knob.key: value, **{k.key: v for k, v in told if k.applies([value])}})
         for knob in method.deciding
         for value in _levels(knob)
         for owner in knob.owners

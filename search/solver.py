@@ -180,6 +180,12 @@ class Tables:
         found: NDArray[np.bool_] = (pick[:, others] != self.off[others]).any(1)
         return found
 
+    def outrun(self, pick: Ints, k: int) -> Bools:
+        """`(rows,)`: whether a rival before knob `k` is on, which then decides about the layers' numbers."""
+        before = self._rivals[k][self._rivals[k] < k]
+        found: Bools = (pick[:, before] != self.off[before]).any(1)
+        return found
+
     def log_shares(self, pick: Ints, variant: Ints) -> Floats:
         """`(rows, layers)`: logarithm of the share of its MACs and weights that each layer keeps."""
         total = np.zeros((len(pick), len(self.macs)))

@@ -58,7 +58,7 @@ class Knob:
     def middle(self) -> Scalar:
         """The value to take when nothing is known: the middle choice, or the middle of the range."""
         if self.choices:
-            return self.choices[len(self.choices) // 2]
+            return NONE if NONE in self.choices else self.choices[len(self.choices) // 2]
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         if self.step:
             middle = self.low + round((middle - self.low) / self.step) * self.step

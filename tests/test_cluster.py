@@ -104,6 +104,18 @@ def test_few_values_are_kept_exactly(values: list[float]) -> None:
     assert len(codebook) == len(values)
 
 
+@pytest.mark.parametrize("clusters", [2, 4, 16])
+def test_weights_that_are_held_at_zero_stay_there(clusters: int) -> None:
+    weight = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    weight[weight.abs() < 0.7] = 0
+    indices, codebook = kmeans(weight, clusters)
+    assert len(codebook) <= clusters
+    assert torch.equal(codebook, codebook.sort().values)
+    assert torch.equal(codebook[indices.int()] == 0, weight == 0)
+    nothing = torch.zeros(4, 4)
+    assert torch.equal(kmeans(nothing, clusters)[1], torch.zeros(1))
+
+
 def test_the_result_is_the_same_every_time() -> None:
     weight = heavy_tailed(1, 3000, 3)
     first, second = kmeans(weight, 64), kmeans(weight.clone(), 64)

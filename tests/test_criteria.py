@@ -222,3 +222,16 @@ def test_effects_rank_criteria_and_refuse_what_apply_refuses() -> None:
     fisher = diagonal_fisher(other, make_context(other).calibration())
     asked: list[Question] = [("up", {"sparsity": share, "criterion": "bn_scale"}) for share in (0.0, 0.5)]
     assert [effect.loss for effect in Prune().effects(other, (images(),), asked, fisher)] == [0.0, math.inf]
+
+
+def test_a_group_without_a_norm_does_not_take_the_criterion_from_the_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES)),
+    ).eval()
+    fisher = diagonal_fisher(model, make_context(build("plain")).calibration())
+    asked: list[Question] = [(owner, {"sparsity": 0.5, "criterion": "bn_scale"}) for owner in ("0", "5")]
+    normed, bare = (effect.loss for effect in Prune().effects(model, (images(),), asked, fisher))
+    assert 0 <= normed < math.inf
+    assert bare == math.inf

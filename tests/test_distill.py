@@ -287,6 +287,11 @@ def test_a_parent_that_cannot_be_trained_is_refused_beforehand(wrong: dict[str, 
         Distill(0.0, 0.1, 1.0, epoch_examples=8, first_round=2, parent={**GOOD, **wrong})
 
 
+def test_a_parent_has_no_assistant() -> None:
+    with pytest.raises(ConfigError, match=r"compressor.distill.parent: distill.assistant of a parent: expected none"):
+        Distill(0.0, 0.1, 1.0, 8, 2, parent={**GOOD, "assistant": "half"})
+
+
 def test_the_parent_is_trained_as_it_is_told() -> None:
     assert Distill(0.0, 0.1, 1.0, 8, 2).between() is None
     assert Distill(0.0, 0.1, 1.0, 8, 2, parent=GOOD).between() == Step("distill", {}, GOOD)

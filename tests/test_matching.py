@@ -5,10 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
+from compressors.layers import read_layers
 from compressors.matching import FORMS, Match
 from compressors.pipeline import Context
 from compressors.plan import Step
 from compressors.prune import Prune
+from compressors.replace import put
+from compressors.sparsify import Sparsify
 from tests.context import make_context
 from tests.zoo import NETS, build, images
 
@@ -132,6 +135,18 @@ def test_relation_does_not_mind_the_order_of_channels() -> None:
     match = FORMS["relation"](student, teacher, (images(),))
     assert match.places == ("b",)
     assert distance(match, student, teacher, images(8)).item() < 1e-5
+
+
+def test_what_is_held_or_replaced_is_compared_as_well() -> None:
+    teacher, held, replaced = build("residual"), build("residual"), build("residual")
+    layers = [layer.name for layer in read_layers(teacher, (images(),)) if layer.kind in ("conv", "linear")]
+    Sparsify().apply(held, Step("sparsify", {n: {"sparsity": 0.5} for n in layers}), context("residual"), 0)
+    for name in layers:
+        put(replaced, name, [replaced.get_submodule(name)])
+    expected = FORMS["relation"](copy.deepcopy(teacher), teacher, (images(),)).places
+    assert expected
+    for student in (held, replaced):
+        assert FORMS["relation"](student, teacher, (images(),)).places == expected
 
 
 def test_what_was_taken_out_is_not_compared() -> None:

@@ -65,9 +65,10 @@ def make(
 
 def test_every_deciding_knob_and_choice_has_an_effect_in_every_variant(tmp_path: Path) -> None:
     bits = {"bits": {"choices": [8, 32], "granularity": "layer"}}
-    _, space, found = make("residual", {"prune": PRUNING, "distill": RECOVERY, "quantize": bits}, tmp_path)
+    pruning = {**PRUNING, "align": {"choices": [1, 8]}}
+    _, space, found = make("residual", {"prune": pruning, "distill": RECOVERY, "quantize": bits}, tmp_path)
     assert found is not None
-    assert [variant.answers for variant in found.variants] == [{"prune.align": 1}, {"prune.align": 4}]
+    assert [variant.answers for variant in found.variants] == [{"prune.align": 1}, {"prune.align": 8}]
     for variant in found.variants:
         for method in space.methods:
             for knob in method.deciding if method.name != "distill" else ():
@@ -213,6 +214,27 @@ def test_of_what_a_plan_leaves_out_no_effect_is_asked(tmp_path: Path) -> None:
     none, nearest, mse = (variant.effects["quantize.bits@head"] for variant in found.variants)
     assert (none[4], none[8]) == (mse[4], nearest[8])
     assert mse[4].loss < nearest[4].loss < float("inf")
+
+
+def test_a_setting_that_changes_no_prediction_is_no_variant(tmp_path: Path) -> None:
+    spaces = {
+        "lowrank": {
+            "rank": {"choices": [1.0, 0.25], "granularity": "layer"},
+            "align": {"choices": [1, 4]},
+            "whiten": {"choices": [False, True]},
+        }
+    }
+    _, _, found = make("residual", spaces, tmp_path, {"lowrank": LowRank()})
+    assert found is not None
+    assert [variant.answers for variant in found.variants] == [{"lowrank.align": 1}, {"lowrank.align": 4}]
+
+
+def test_a_setting_that_is_not_asked_is_not_predicted_with(tmp_path: Path) -> None:
+    sizes = {"choices": [16, 32], "when": 4}
+    bits = {"choices": {"conv": [32], "linear": [3, 32]}, "granularity": "layer"}
+    _, _, found = make("attention", {"quantize": {"bits": bits, "group_size": sizes}}, tmp_path)
+    assert found is not None
+    assert [variant.answers for variant in found.variants] == [{}]
 
 
 def test_where_there_are_too_many_settings_all_values_stay(tmp_path: Path) -> None:

@@ -174,6 +174,13 @@ def test_of_rivals_one_is_chosen_and_close_to_the_best(seed: int, weight: float)
         assert reached <= 1.1 * best + 1e-9 or start is not off
 
 
+def test_of_rivals_that_are_both_on_the_first_one_counts() -> None:
+    tables = Tables(with_rivals(3, 1))
+    both = np.zeros((1, 9), dtype=np.intp)
+    both[0, [4, 7]] = 1
+    assert [bool(tables.outrun(both, k)[0]) for k in (3, 4, 6, 7, 8)] == [False, False, False, True, False]
+
+
 def test_a_rival_that_must_stay_is_not_turned_off() -> None:
     tables = Tables(with_rivals(3, 1))
     start, variant = tables.off[None].copy(), np.zeros(1, dtype=np.intp)

@@ -12,7 +12,7 @@ from compressors.errors import ConfigError
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import CompressionPlan, LayerSpec, Scalar, Step
 from evaluators.runtime import Support
-from search.space import SearchSpace, block_of, build_space
+from search.space import Knob, SearchSpace, block_of, build_space
 
 
 class Fake:
@@ -376,6 +376,10 @@ def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
     entries = {"depth": {"skip": {"choices": [False, True], "granularity": "layer"}}}
     with pytest.raises(ConfigError, match="depth find nothing to do"):
         build_space(entries, nothing, {"depth": {}}, LAYERS, {})
+
+
+def test_where_a_key_can_be_left_out_that_is_what_is_taken_when_nothing_is_known() -> None:
+    assert Knob("distill.assistant", "distill", "assistant", choices=("none", "half")).middle() == "none"
 
 
 def test_sparing_uniform_plans_have_one_middle_value_a_method_and_the_least_recovery() -> None:
