@@ -1,5 +1,6 @@
 """Trains a changed model to answer as the uncompressed one does; it never touches the shape of anything."""
 
+import copy
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import ClassVar
@@ -16,7 +17,7 @@ from compressors.recovery import Goal, Recovery, checked, number, training, whol
 PRECISIONS = ("auto", "fp32", "bf16")
 NONE = "none"
 ASSISTANTS = (NONE, "half")
-FITTED_EXAMPLES = 32
+FITTED_EXAMPLES = 64
 """Of the first calibration batch, what student and teacher are compared on before they learn."""
 
 
@@ -103,7 +104,7 @@ class Distill(Recovery):
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
         goal = Goal.read(self.method, step.shared, context, self._half)
-        match = FORMS[form](model, context.teacher, _few(context)) if form != NONE else None
+        match = FORMS[form](_with_batch_statistics(model), context.teacher, _few(context)) if form != NONE else None
         with training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(int(digest([seed, done]), 16))
             loss = self._train(model, goal, match, weight, range(done, epochs), context)
@@ -134,6 +135,15 @@ class Distill(Recovery):
                 context,
                 pull=lambda: weight * distance(),
             )
+
+
+def _with_batch_statistics(model: nn.Module) -> nn.Module:
+    """A copy whose features are scaled as in training: those that a cut model's norms remember are of no use to it."""
+    student = copy.deepcopy(model).eval()
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return student
 
 
 def _few(context: Context) -> tuple[Tensor, ...]:

@@ -390,6 +390,19 @@ def test_the_loss_that_is_told_is_that_of_the_answers() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+def test_projections_fit_what_norms_make_of_a_batch_and_not_what_they_remember(teacher: nn.Module) -> None:
+    """Fitted to features a thousand times too small, they once drowned the teacher's answers."""
+    losses = []
+    for weight in (1e-9, 1.0):
+        student = copy.deepcopy(teacher)
+        for name in ("a.1", "b.1"):
+            student.get_buffer(f"{name}.running_var").mul_(1e6)
+        step = Step("distill", {}, {**GOOD, "epochs": 2, "match": "hint", "match_weight": weight})
+        applied = replace(METHOD, epoch_examples=256).apply(student, step, patterns_context(teacher), 0)
+        losses.append(float(applied.achieved[""]["loss"]))
+    assert losses[1] < 1.5 * losses[0] + 0.05
+
+
 def test_what_was_remembered_of_the_teacher_is_no_help_for_its_insides() -> None:
     asked: list[int] = []
 
