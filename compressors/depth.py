@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
-from compressors.layers import KINDS, inside
+from compressors.layers import KINDS, hooked, inside, runs_with
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
 
@@ -90,19 +90,7 @@ def _blocks(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, tuple[st
             layers = _adding(scratch.get_submodule(name), shown[name])
             if layers is not None:
                 found[name] = tuple(f"{name}.{layer}".rstrip(".") for layer in layers)
-    return {name: found[name] for name in shown if name in found and _runs_without(scratch, name, example)}
-
-
-def _runs_without(model: nn.Module, name: str, example: tuple[Tensor, ...]) -> bool:
-    """Some models look into their blocks, or give them more than they say."""
-    without = copy.deepcopy(model)
-    without.set_submodule(name, nn.Identity())
-    try:
-        with torch.no_grad():
-            without(*example)
-    except Exception:  # noqa: BLE001  whatever a model does with what is no longer there
-        return False
-    return True
+    return {name: found[name] for name in shown if name in found and runs_with(scratch, {name: nn.Identity()}, example)}
 
 
 def _shown(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -118,17 +106,15 @@ def _shown(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
             # A copy, because what comes next may work in place.
             shown[name] = inputs[0].clone()
 
-    handles = [
+    handles = (
         module.register_forward_hook(
             lambda _module, inputs, named, output, name=name: look(name, inputs, named, output), with_kwargs=True
         )
         for name, module in model.named_modules()
         if type(module) not in KINDS and any(type(inner) in KINDS for inner in module.modules())
-    ]
-    with torch.no_grad():
+    )
+    with hooked(handles), torch.no_grad():
         model(*example)
-    for handle in handles:
-        handle.remove()
     return {name: given for name, given in shown.items() if calls[name] == 1}
 
 

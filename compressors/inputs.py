@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+from torch.utils.hooks import RemovableHandle
 
 from compressors.errors import Infeasible
+from compressors.layers import hooked
 from compressors.pipeline import Batch
 from compressors.plan import digest
 
@@ -58,16 +60,13 @@ def _portions(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> Iterator
 def _listening(
     model: nn.Module, groups: Mapping[str, Sequence[str]], rows: Mapping[str, list[Tensor]], seed: int
 ) -> Iterator[None]:
-    handles = []
+    handles: list[RemovableHandle] = []
     for owner, members in groups.items():
         generator = torch.Generator().manual_seed(int(digest([owner, seed]), 16) % 2**63)
         take = partial(_take, rows[owner], generator)
         handles += [model.get_submodule(name).register_forward_pre_hook(take) for name in members]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Reads the weighted layers of a model once, before anything is done to it."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from compressors.plan import LayerSpec
 
@@ -34,12 +36,36 @@ def read_layers(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[LayerSpe
     def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         macs[names[module]] = macs.get(names[module], 0) + _macs(module, output)
 
-    handles = [module.register_forward_hook(count) for module in names]
-    with torch.no_grad():
+    with hooked(module.register_forward_hook(count) for module in names), torch.no_grad():
         model(*example)
-    for handle in handles:
-        handle.remove()
     return tuple(_specs(model, macs, batch=len(example[0])))
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """What was registered is there inside, and gone afterwards."""
+    kept = list(handles)
+    try:
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
+
+
+def runs_with(model: nn.Module, others: Mapping[str, nn.Module], example: tuple[Tensor, ...]) -> bool:
+    """Whether a copy runs in which these stand in the place of the modules of their names.
+
+    Some models look into their modules, or give them more than they say.
+    """
+    scratch = copy.deepcopy(model)
+    for name, other in others.items():
+        scratch.set_submodule(name, other)
+    try:
+        with torch.no_grad():
+            scratch(*example)
+    except Exception:  # noqa: BLE001  whatever a model does with what is no longer there
+        return False
+    return True
 
 
 def weight_path(model: nn.Module, layer: str) -> str:

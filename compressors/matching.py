@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.errors import Infeasible
-from compressors.layers import KINDS
+from compressors.layers import KINDS, hooked
 
 Features = Mapping[str, Tensor]
 """What modules gave in the latest call of a model, by their names; the model's own name is empty."""
@@ -172,16 +172,12 @@ def _places(model: nn.Module, names: Sequence[str], inputs: tuple[Tensor, ...]) 
             odd.add(name)
         calls.append(name)
 
-    handles = [
+    handles = (
         model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: note(name, output))
         for name in names
-    ]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad():
+        model(*inputs)
     return [name for name in dict.fromkeys(calls) if name not in odd]
 
 
@@ -202,12 +198,9 @@ def _features(model: nn.Module, places: Sequence[str]) -> Iterator[dict[str, Ten
     def keep(name: str, output: Tensor) -> None:
         found[name] = output.float()
 
-    handles = [
+    handles = (
         model.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
         for name in places
-    ]
-    try:
+    )
+    with hooked(handles):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compressors.errors import Infeasible
-from compressors.layers import read_layers, weight_path
+from compressors.layers import hooked, read_layers, weight_path
 from compressors.pipeline import Applied, Context
 from compressors.plan import Settings, Step, digest
 from compressors.recovery import Goal, Recovery, training, whole_epochs
@@ -97,17 +97,14 @@ class Rounded:
     @contextmanager
     def inputs(self) -> Iterator[None]:
         """Inside, every layer rounds its input, whoever calls the model."""
-        handles = [
+        handles = (
             self.model.get_submodule(name).register_forward_pre_hook(
                 lambda _module, given: (round_activation(given[0]), *given[1:])
             )
             for name in self._layers
-        ]
-        try:
+        )
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def step_share(self) -> float:

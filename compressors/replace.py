@@ -1,6 +1,5 @@
 """Puts several layers in the place of one and says where that can be done; what they compute is each method's own."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.layers import KINDS, weight_groups
+from compressors.layers import KINDS, hooked, runs_with, weight_groups
 from compressors.plan import LayerSpec, Settings
 
 
@@ -79,15 +78,12 @@ def sites(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Site]:
         )
         for name, layer in candidates.items()
     ]
-    try:
-        with torch.no_grad():
-            model(*example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        model(*example)
+    wrapped = {name: InPlaceOf(candidates[name]) for name in written}
     names = list(written)
-    if not _runs(model, names, example):
-        names = [name for name in names if _runs(model, [name], example)]
+    if not runs_with(model, wrapped, example):
+        names = [name for name in names if runs_with(model, {name: wrapped[name]}, example)]
     return {name: Site(candidates[name], read[name], written[name]) for name in names}
 
 
@@ -108,19 +104,6 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
         and all(uses[id(p)] == 1 for p in module.parameters(recurse=False))
         and stands_for(model, name) == name
     }
-
-
-def _runs(model: nn.Module, names: Sequence[str], example: tuple[Tensor, ...]) -> bool:
-    """Whether the model is content with layers that are wrapped."""
-    scratch = copy.deepcopy(model)
-    for name in names:
-        scratch.set_submodule(name, InPlaceOf(scratch.get_submodule(name)))
-    try:
-        with torch.no_grad():
-            scratch(*example)
-    except Exception:  # noqa: BLE001  whatever a model does with what is no longer there
-        return False
-    return True
 
 
 def put(model: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:
@@ -197,13 +180,9 @@ def input_moments(
         )
         for name in names
     ]
-    try:
-        with torch.no_grad():
-            for inputs in batches:
-                model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        for inputs in batches:
+            model(*inputs)
     return {name: total / counts[name] for name, total in totals.items()}
 
 

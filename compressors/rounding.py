@@ -45,16 +45,6 @@ def nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return _nearest(groups, scales[..., None], bits).flatten(1).to(torch.int8)
 
 
-def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric integers and one scale per `group_size` consecutive inputs of a row.
-
-    `weight` is `(out, in)` and `group_size` divides `in`. Gives int8 values `(out, in)` within `limits(bits)` and
-    scales `(out, in / group_size)`. Each group is clipped where its squared error is least.
-    """
-    scales = closest_scales(weight, bits, group_size)
-    return nearest(weight, scales, bits), scales
-
-
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """The float weight `(out, in)` that `values` `(out, in)` and `scales` `(out, groups)` stand for."""
     groups = values.float().reshape(*scales.shape, -1)

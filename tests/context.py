@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.pipeline import Batch, Context
+from compressors.rounding import closest_scales, nearest
 from tests.zoo import images
 
 
@@ -27,3 +28,9 @@ def make_context(model: nn.Module, count: int = 32, size: int = 16) -> Context:
         calibration=lambda: batches(torch.arange(count)),
         loss=F.cross_entropy,
     )
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Values and scales, each group clipped where its squared error is least."""
+    scales = closest_scales(weight, bits, group_size)
+    return nearest(weight, scales, bits), scales

@@ -14,9 +14,9 @@ from compressors.layers import read_layers
 from compressors.pipeline import Artifact, LayerNumbers
 from compressors.plan import CompressionPlan, Target
 from compressors.replace import put
-from compressors.rounding import quantize_groups
 from evaluators.export import calibration_arrays, check_parity, export, layer_nodes, once, wanted
 from evaluators.runtime import CODEBOOK, Array, Support
+from tests.context import quantize_groups
 from tests.zoo import NETS, build, images
 
 

@@ -17,7 +17,8 @@ from compressors.pipeline import Context
 from compressors.plan import Step
 from compressors.prune import Prune
 from compressors.quantize import Quantize
-from compressors.rounding import dequantize, quantize_groups
+from compressors.rounding import dequantize
+from tests.context import quantize_groups
 
 
 def batches(inputs: Tensor) -> list[tuple[tuple[Tensor, ...], Tensor | None]]:

@@ -20,11 +20,12 @@ from compressors.errors import Infeasible
 from compressors.layers import read_layers
 from compressors.pipeline import Artifact, Batch, Context, LayerNumbers
 from compressors.plan import CompressionPlan, Target
-from compressors.rounding import dequantize, quantize_groups
+from compressors.rounding import dequantize
 from evaluators.onnxruntime import OnnxRuntime
 from evaluators.onnxruntime_int8 import closest_range
 from evaluators.openvino import OpenVINO
 from evaluators.runtime import Deployed, Runtime
+from tests.context import quantize_groups
 from tests.zoo import NETS, build, images
 
 RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "openvino": OpenVINO()}

@@ -10,10 +10,13 @@ from compressors.fisher import Fisher, diagonal_fisher
 from compressors.layers import read_layers
 from compressors.pipeline import Applied, LayerNumbers
 from compressors.plan import Scalar, Settings, Step
-from compressors.quantize import ROUNDINGS, Quantize
+from compressors.quantize import BITS, COMPUTED, ROUNDINGS, Quantize
 from compressors.replace import put
-from compressors.rounding import closest_scales, dequantize, nearest, quantize_groups, widest_scales
-from tests.context import make_context
+from compressors.rounding import closest_scales, dequantize, nearest, widest_scales
+from evaluators.onnxruntime import OnnxRuntime
+from evaluators.openvino import OpenVINO
+from evaluators.runtime import Runtime, Support
+from tests.context import make_context, quantize_groups
 from tests.zoo import build, images
 
 
@@ -320,3 +323,14 @@ def test_the_model_is_not_touched() -> None:
     before: Settings = {name: p.sum().item() for name, p in model.named_parameters()}
     quantize(model, {"up": 4, "down": 8})
     assert before == {name: p.sum().item() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("runtime", [OnnxRuntime(), OpenVINO()])
+def test_what_is_computed_and_not_only_stored_is_what_runtimes_have_kernels_for(runtime: Runtime) -> None:
+    kernels = {
+        (kind, bits)
+        for kind in BITS
+        for bits in BITS[kind]
+        if runtime.support(kind, bits) is Support.KERNEL and bits < 32
+    }
+    assert kernels == COMPUTED

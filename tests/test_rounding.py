@@ -16,9 +16,9 @@ from compressors.rounding import (
     limits,
     nearest,
     output_error,
-    quantize_groups,
     widest_scales,
 )
+from tests.context import quantize_groups
 
 
 def weights(seed: int, rows: int = 4, width: int = 64, spread: float = 1.0) -> Tensor:

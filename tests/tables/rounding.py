@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.fisher import diagonal_fisher
 from compressors.layers import read_layers
-from compressors.rounding import dequantize, quantize_groups
+from compressors.rounding import closest_scales, dequantize, nearest
 from search import build
 
 BITS = (2, 3, 4, 8)
@@ -74,7 +74,8 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
 def _rounded(model: nn.Module, name: str, bits: int) -> torch.Tensor:
     weight = _weight(model, name)
     rows = weight.flatten(1)
-    return dequantize(*quantize_groups(rows, bits, rows.shape[1])).reshape(weight.shape)
+    scales = closest_scales(rows, bits, rows.shape[1])
+    return dequantize(nearest(rows, scales, bits), scales).reshape(weight.shape)
 
 
 if __name__ == "__main__":
