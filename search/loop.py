@@ -117,7 +117,7 @@ class _Loop:
         self._take(told if len(told) >= len(done) else search.tracker.records(self.run))
         self.spent_before = spent_s(trials)
         # Baselines and uniform plans, which every worker sees to before it asks the sampler.
-        plans = (*search.space.baselines(), *search.space.uniform(search.sparing))
+        plans = (*search.space.baselines(), *search.space.uniform(search.sparing, search.budget.counts_trials))
         self.first = {search.space.sample(FixedTrial(answers)).digest: answers for answers in plans}
         self.began = time.perf_counter()
         self.looked_after = -math.inf

@@ -47,21 +47,22 @@ class Proposer:
         fixed: Answers,
         rng: np.random.Generator,
         taken: Iterable[Answers] = (),
-        remaining_s: float = np.inf,
+        remaining_s: float | None = np.inf,
     ) -> Proposal | None:
         """The unseen plan with the largest expected gain of hypervolume per second; None when all were seen.
 
         `fixed` answers are kept, plans that are `taken` by other workers avoided. Where no plan fits into
-        `remaining_s`, the quickest ones compete.
+        `remaining_s`, the quickest ones compete. None counts trials instead of seconds: each grows as far as it can.
         """
         standing = self.standing(facts)
         likely, possible = Outlook(standing, None), Outlook(standing, rng)
         seen = {parsed.identity for parsed in standing.parsed} | set(map(self.reader.identity, taken))
-        if standing.grown < GROWING:
+        if remaining_s is not None and standing.grown < GROWING:
             promoted = self._promoted(likely, fixed, rng, seen, remaining_s)
             if promoted is not None:
                 return promoted
-        rows = self._rows(standing, fixed, rng)
+        most = len(self.reader.levels)
+        rows = self._rows(standing, most if remaining_s is None else min(1, most), fixed, rng)
         rows.pick = self._solved(rows, possible, rng)
         rows.growth = np.where(self._untrained(rows), 0, rows.growth)
         # One draw makes plans that are worth a look; the best of many by that same draw would be the luckiest one.
@@ -100,7 +101,7 @@ class Proposer:
     ) -> Proposal | None:
         """By chance, once all that compete were seen; None when that finds none either."""
         pick = rng.integers([len(choices) for choices in self.tables.choices], size=(BY_CHANCE, len(self.tables.names)))
-        rows = self._fresh(pick, rng, TRIAL_S, np.zeros_like(pick, dtype=bool))
+        rows = self._fresh(pick, 0, TRIAL_S, np.zeros_like(pick, dtype=bool), rng)
         rows.pick = self._named(rows)
         rows.growth = rng.integers(1, len(self.reader.levels) + 1, BY_CHANCE) if self.reader.levels else rows.growth
         possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), rows.pick]).all(1)
@@ -112,8 +113,10 @@ class Proposer:
 
     # -- Rows
 
-    def _rows(self, standing: Standing, fixed: Answers, rng: np.random.Generator) -> Rows:
-        parts = [self._new(standing, rng), *self._around(standing, rng), *self._mutated(standing, rng)]
+    def _rows(self, standing: Standing, growth: int, fixed: Answers, rng: np.random.Generator) -> Rows:
+        """What competes; of what was not trained before, with this `growth`."""
+        parts = [self._new(standing, growth, rng), *self._around(standing, rng)]
+        parts += self._mutated(standing, growth, rng)
         rows = Rows.joined(parts)
         for k, name in enumerate(self.tables.names):
             if fixed.get(name) in self.tables.choices[k]:
@@ -136,18 +139,20 @@ class Proposer:
             named[self.tables.hidden(named, k) | self.tables.outrun(named, k), k] = off
         return named
 
-    def _new(self, standing: Standing, rng: np.random.Generator) -> Rows:
-        """All knobs free, as little growth as there is."""
+    def _new(self, standing: Standing, growth: int, rng: np.random.Generator) -> Rows:
+        """All knobs free."""
         pick = np.tile(self.tables.off, (NEW, 1))
-        return self._fresh(pick, rng, standing.seconds(0, 1), np.ones_like(pick, dtype=bool))
+        return self._fresh(pick, growth, standing.seconds(0, growth), np.ones_like(pick, dtype=bool), rng)
 
-    def _fresh(self, pick: Ints, rng: np.random.Generator, seconds: float, free: NDArray[np.bool_]) -> Rows:
+    def _fresh(
+        self, pick: Ints, growth: int, seconds: float, free: NDArray[np.bool_], rng: np.random.Generator
+    ) -> Rows:
         n = len(pick)
         return Rows(
             pick,
             rng.integers(len(self.guide.variants), size=n),
             rng.integers(len(self.guide.targets), size=n),
-            np.full(n, min(1, len(self.reader.levels))),
+            np.full(n, growth),
             np.full(n, seconds),
             free,
             [{}] * n,
@@ -183,7 +188,7 @@ class Proposer:
             [carried] * n,
         )
 
-    def _mutated(self, standing: Standing, rng: np.random.Generator) -> Iterator[Rows]:
+    def _mutated(self, standing: Standing, growth: int, rng: np.random.Generator) -> Iterator[Rows]:
         """Front members with a few answers moved to their neighbours: what no table foresees."""
         members = standing.members
         if not members:
@@ -193,7 +198,7 @@ class Proposer:
         change = rng.random(pick.shape) < 1.5 / pick.shape[1]
         step = rng.choice([-1, 1], pick.shape)
         pick = np.where(change, np.clip(pick + step, 0, counts - 1), pick)
-        rows = self._fresh(pick, rng, standing.seconds(0, 1), np.zeros_like(pick, dtype=bool))
+        rows = self._fresh(pick, growth, standing.seconds(0, growth), np.zeros_like(pick, dtype=bool), rng)
         rows.pick = self._named(rows)
         yield rows
 
@@ -213,24 +218,28 @@ class Proposer:
         )
         return pick
 
-    def _gain(self, outlook: Outlook, rows: Rows, remaining_s: float) -> tuple[Floats, Floats]:
-        """Gain of hypervolume per second, below 0 for what cannot be taken; and what is expected of each row.
-
-        What trains is worth what it is now, or what it may yet grow to in the time that this takes.
-        """
-        standing, trains = outlook.standing, ~self._untrained(rows)
+    def _gain(self, outlook: Outlook, rows: Rows, remaining_s: float | None) -> tuple[Floats, Floats]:
+        """Gain of hypervolume, below 0 for what cannot be taken; and what is expected of each row."""
         expected, broken = outlook.expected(rows)
-        seconds = np.where(trains, rows.seconds, standing.seconds(0, 0))
-        gain = outlook.gain(expected) / seconds
-        most = len(self.reader.levels)
+        gain, fits = outlook.gain(expected), np.ones(len(expected), dtype=bool)
+        if remaining_s is not None:
+            seconds = np.where(self._untrained(rows), outlook.standing.seconds(0, 0), rows.seconds)
+            gain = self._per_second(gain, seconds, outlook, rows)
+            fits = seconds <= max(remaining_s, float(seconds.min()))
+        gain = np.where(broken | ~np.isfinite(expected).all(1), -1.0, gain)
+        return np.where(fits, gain, -2.0), expected
+
+    def _per_second(self, gain: Floats, seconds: Floats, outlook: Outlook, rows: Rows) -> Floats:
+        """What trains is worth what it is now, or what it may yet grow to in the time that this takes."""
+        most, trains = len(self.reader.levels), ~self._untrained(rows)
+        worth = gain / seconds
         growing = np.flatnonzero(trains & (rows.growth < most))
         if len(growing):
             grown = replace(rows, growth=np.where(trains, most, rows.growth))
-            wait = np.array([standing.seconds(int(rows.growth[i]), most) for i in growing])
+            wait = np.array([outlook.standing.seconds(int(rows.growth[i]), most) for i in growing])
             later = outlook.gain(outlook.expected(grown)[0])[growing] / (seconds[growing] + wait)
-            gain[growing] = np.maximum(gain[growing], later)
-        gain = np.where(broken | ~np.isfinite(expected).all(1), -1.0, gain)
-        return np.where(seconds <= max(remaining_s, float(seconds.min())), gain, -2.0), expected
+            worth[growing] = np.maximum(worth[growing], later)
+        return worth
 
     def _untrained(self, rows: Rows) -> NDArray[np.bool_]:
         """Rows whose structure is left alone."""

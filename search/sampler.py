@@ -24,7 +24,7 @@ MEASURED_LOSS = "loss"
 PREVIEW = "preview"
 """User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
 REMAINING = "remaining_s"
-"""User attribute of a study: seconds left; proposals that take longer stand back."""
+"""User attribute of a study: seconds left, and proposals that take longer stand back; None where trials are counted."""
 EXPECTED = "expected"
 """User attribute of a trial: what was expected of its values when it was proposed, in the order of the objectives."""
 
@@ -37,6 +37,9 @@ TPE_STARTUP = 4
 
 class GuidedSampler(BaseSampler):
     """For the knobs of `guide`, proposes the unseen plan with the largest expected hypervolume gain per second.
+
+    Where a study's `REMAINING` says that trials are counted and not seconds, it is the largest gain of a trial, which
+    is trained as far as it can be.
 
     `roles` says what each objective is: `quality` (one of them) follows the predicted loss, `latency` and `size` are
     learnt from what trials measured; by default the first is the quality and the others latencies. `tolerance` is
@@ -125,7 +128,7 @@ class GuidedSampler(BaseSampler):
     def _propose(self, study: Study, trial: FrozenTrial, reading: "_Reading") -> Answers:
         """What was enqueued or already answered stays as it is."""
         fixed = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        left = study.user_attrs.get(REMAINING)
+        left = study.user_attrs.get(REMAINING, math.inf)
         rng = np.random.default_rng([self.seed, trial.number])
         others = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
         # Of those that are asked in other threads, not all answers are stored yet.
@@ -134,8 +137,7 @@ class GuidedSampler(BaseSampler):
             for t in others
             if t.number != trial.number
         ]
-        remaining = np.inf if left is None else float(left)
-        proposal = reading.proposer.propose(reading.told(study), fixed, rng, taken, remaining)
+        proposal = reading.proposer.propose(reading.told(study), fixed, rng, taken, left)
         if proposal is None:
             return {}
         if proposal.expected is not None:

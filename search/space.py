@@ -164,11 +164,12 @@ class SearchSpace:
             for precision in precisions:
                 yield self._answers(Target(runtime, precision), {})
 
-    def uniform(self, sparing: bool = False) -> Iterator[dict[str, Scalar]]:
+    def uniform(self, sparing: bool = False, trained: bool = False) -> Iterator[dict[str, Scalar]]:
         """Answers for each method alone, each of its values on all layers alike, on every runtime.
 
         Methods that need a structural one come along at full strength wherever the structure changes; everything else
-        is off. With `sparing` there is one value a method, from its middle, and as little recovery as there can be.
+        is off. With `sparing` there is one value a method, from its middle, and, unless all are to be `trained`, as
+        little recovery as there can be.
         """
         # Numeric methods first: they need no training, so that a short search has something of everything.
         for method in reversed(self.methods):
@@ -177,9 +178,11 @@ class SearchSpace:
             levels = _levels(method)
             for value in [levels[(len(levels) - 1) // 2]] if sparing else levels:
                 for runtime, precisions in self.targets.items():
-                    yield self._answers(Target(runtime, precisions[-1]), {method.name: value}, sparing)
+                    yield self._answers(
+                        Target(runtime, precisions[-1]), {method.name: value}, hurried=sparing and not trained
+                    )
 
-    def _answers(self, target: Target, wanted: Mapping[str, Scalar], sparing: bool = False) -> dict[str, Scalar]:
+    def _answers(self, target: Target, wanted: Mapping[str, Scalar], hurried: bool = False) -> dict[str, Scalar]:
         answers: dict[str, Scalar] = {}
         methods = {method.name: method for method in self.methods}
 
@@ -194,7 +197,7 @@ class SearchSpace:
             if knob.key != method.off[0]:
                 return knob.middle()
             if method.needs is Stage.STRUCTURE:
-                return knob.first(but=method.off[1]) if sparing else knob.last()
+                return knob.first(but=method.off[1]) if hurried else knob.last()
             value = wanted.get(knob.method, method.off[1])
             return value if not knob.choices or value in knob.choices else method.off[1]
 

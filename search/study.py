@@ -30,6 +30,11 @@ class Budget:
     trials: int | None = None
     minutes: float | None = None
 
+    @property
+    def counts_trials(self) -> bool:
+        """Whether a trial costs the same however long it trains."""
+        return self.minutes is None
+
     def __post_init__(self) -> None:
         """Refuses a search without an end."""
         if self.trials is None and self.minutes is None:

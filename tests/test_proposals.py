@@ -11,6 +11,7 @@ from compressors.fisher import Effect
 from compressors.plan import LayerSpec, Scalar
 from search.facts import Aim, Fact, Reader
 from search.outlook import Outlook, Rows
+from search.pareto import hypervolume
 from search.proposals import Proposer
 from search.solver import Guide, Variant
 
@@ -49,7 +50,7 @@ def truth(answers: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
     return (-math.exp(-loss), latency), loss
 
 
-def studied(trials: int, remaining_s: float = math.inf) -> list[Fact]:
+def studied(trials: int, remaining_s: float | None = math.inf) -> list[Fact]:
     """A study from nothing, with what each trial takes."""
     proposer, facts = Proposer(make_guide(), AIM), list[Fact]()
     for number in range(trials):
@@ -85,6 +86,13 @@ def test_training_starts_short_and_goes_on_where_it_pays() -> None:
         levels = sorted(set(epochs) - {0})
         assert levels == list(EPOCHS[: len(levels)]), "no round is left out"
     assert any(max(epochs) == EPOCHS[-1] for epochs in reached.values())
+
+
+def test_where_trials_are_counted_each_trains_to_the_end_and_few_of_them_go_further() -> None:
+    counted = studied(12, remaining_s=None)
+    assert {fact.answers["train.epochs"] for fact in counted if trained(fact.answers)} == {EPOCHS[-1]}
+    worth = [hypervolume((fact.values for fact in facts), (-math.exp(-0.05), 1.0)) for facts in (counted, studied(12))]
+    assert worth[0] > worth[1]
 
 
 def test_nothing_that_takes_longer_than_is_left() -> None:

@@ -390,6 +390,9 @@ def test_sparing_uniform_plans_have_one_middle_value_a_method_and_the_least_reco
         assert [step.method for step in plan.steps] == ["prune", "distill"]
         assert {s["sparsity"] for s in plan.steps[0].per_layer.values()} == {0.5}
         assert plan.steps[1].shared["epochs"] == 4
+    trained = [space().sample(FixedTrial(answers)) for answers in space().uniform(sparing=True, trained=True)]
+    assert [plan.steps[0] for plan in trained] == [plan.steps[0] for plan in plans]
+    assert [plan.steps[1].shared["epochs"] for plan in trained[2:]] == [8, 8]
 
 
 def with_two_numeric_methods(clusters: list[Scalar], order: tuple[str, str] = ("quantize", "cluster")) -> SearchSpace:
