@@ -271,6 +271,8 @@ def slurm(folder: Path) -> Iterator[Mapping[str, str]]:
         wait_until(idle, 60, "two idle nodes")
         yield environment
     finally:
+        # What a test that failed has left running would outlive the daemons.
+        succeeds("scancel", "--user=root", "--signal=KILL", "--full")
         for service in reversed(started):
             service.stop()
 

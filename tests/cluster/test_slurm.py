@@ -20,8 +20,8 @@ def test_slurm() -> None:
             "hydra.launcher.partition=main",
             "hydra.launcher.mem_gb=null",
             "hydra.launcher.cpus_per_task=1",
-            # Slurm's clock ticks in minutes: the shortest limit there is.
-            "hydra.launcher.timeout_min=2",
+            # Slurm's clock ticks in minutes, and four workers on two cores take most of the first one to begin.
+            "hydra.launcher.timeout_min=3",
             "hydra.launcher.signal_delay_s=30",
             "worker=range(0,4)",
         ]
@@ -31,9 +31,9 @@ def test_slurm() -> None:
         assert {"n1", "n2"} <= set(nodes), f"workers are on {nodes}"
         victim = _squeue(env, "%A")[0]
         subprocess.run(["scancel", "--signal=KILL", "--full", victim], env=env, check=True)
-        wait_until(lambda: _requeued(env), 240, "a job that hit its time limit is queued again")
+        wait_until(lambda: _requeued(env), 300, "a job that hit its time limit is queued again")
         # Hydra's command ends with the first job that fails; the others go on.
-        wait_until(lambda: not _squeue(env, "%A", every=True), 600, "all jobs have ended")
+        wait_until(lambda: not _squeue(env, "%A", every=True), 900, "all jobs have ended")
         sweep.wait(timeout=60)
         found = sweeps.check(storage, server, TRIALS)
         print(found)
