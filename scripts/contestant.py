@@ -37,9 +37,9 @@ from search import build
 from search.loop import run
 from search.pareto import front
 from search.progress import ProgressView
-from search.report import describe
 from search.study import Budget, Search, Watcher
 from search.trial import Clock, TrialRecord
+from search.view import describe
 from search.workload import tensors_digest
 
 ROOT = Path(__file__).parents[1]

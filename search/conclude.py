@@ -11,15 +11,17 @@ from rich.console import Console
 
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
-from search import report
 from search.loop import INTERRUPTED, STOPPED
 from search.records import measurement_from
 from search.remote import Away
+from search.report import draw
 from search.select import Bound, Choice, Rule, baselines, choose, front_of
 from search.storage import concluding
 from search.study import Outcome, Search
+from search.table import front_table
 from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
+from search.view import View, quality_text
 
 TEST_FILE = "test.json"
 
@@ -30,7 +32,7 @@ class Conclusion:
 
     outcome: Outcome
     choice: Choice
-    view: report.View
+    view: View
     test: Mapping[str, Measurement]
     link: str
     files: tuple[Path, ...] = ()
@@ -55,12 +57,12 @@ def conclude_once(search: Search, outcome: Outcome) -> Conclusion | None:
 
 def _conclude(search: Search, outcome: Outcome) -> Conclusion:
     choice = choose(outcome.records, search.rule, [m.name for m in search.objectives], search.bounds)
-    view = report.View(quality=search.quality)
+    view = View(quality=search.quality)
     tracker = search.tracker
     # An interrupted search has not said its last word: the test split waits.
     test = {} if outcome.ended in (INTERRUPTED, STOPPED) else _test_once(search, outcome, choice.record)
     tracker.register(outcome.study, outcome.front, choice.record, search.workbench.runtimes)
-    files = report.draw(search.folder / search.name, outcome.records, outcome.front, choice, search.layers, view)
+    files = draw(search.folder / search.name, outcome.records, outcome.front, choice, search.layers, view)
     tracker.log_study_files(outcome.study, files)
     return Conclusion(outcome, choice, view, test, tracker.link(outcome.study), tuple(files))
 
@@ -87,20 +89,19 @@ def reselect(selection: Selection) -> Conclusion:
     front = tuple(front_of(records, selection.objectives, selection.bounds))
     tracker.register(study, front, choice.record, selection.runtimes)
     outcome = Outcome(study, records, front, "chosen from the recorded trials, nothing was run")
-    view = report.View(quality=selection.quality)
+    view = View(quality=selection.quality)
     return Conclusion(outcome, choice, view, _recorded_test(tracker, study, choice.record), tracker.link(study))
 
 
 def show(conclusion: Conclusion, console: Console) -> None:
     """The front as a table, the champion and why, the test split, and where to look further."""
     outcome, choice = conclusion.outcome, conclusion.choice
-    console.print(report.front_table(outcome.records, outcome.front, choice, conclusion.view))
+    console.print(front_table(outcome.records, outcome.front, choice, conclusion.view))
     lines = [f"champion: trial {choice.record.number}, {choice.reason}"]
     if not choice.met:
         lines.append("nothing meets the rule: this is the nearest")
     lines += [
-        f"on the test split, {name}: {m.name} {report.quality_text(m)}, {m.n} examples"
-        for name, m in conclusion.test.items()
+        f"on the test split, {name}: {m.name} {quality_text(m)}, {m.n} examples" for name, m in conclusion.test.items()
     ]
     lines += surrogate_errors(outcome.front, conclusion.view.quality)
     lines += [f"picture: {path}" for path in conclusion.files if path.suffix == ".png"]

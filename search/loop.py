@@ -1,11 +1,10 @@
-"""A worker's way through a study: asks for plans, has them carried out, tells what came of it, succeeds the dead."""
+"""A worker's way through a study: asks for plans, has them carried out, tells what came of it."""
 
 import json
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TypeVar
@@ -26,25 +25,20 @@ from search.runner import Broken, Carrier, Here, Runner
 from search.sampler import EXPECTED, REMAINING
 from search.storage import (
     BUDGET,
-    HEARTBEAT_S,
     OWNER,
     PATIENCE_S,
     PUT_BACK,
     RECORD,
-    RETRIES,
     STOP,
-    TRIES,
     WAITS,
     answered,
     at_work,
     beat,
     counted,
-    dead,
     exclusively,
     heartbeat,
     per_hour,
     quiet,
-    requeue,
     running,
     snapshot,
     spent_s,
@@ -54,7 +48,7 @@ from search.storage import (
     waiting,
 )
 from search.study import Outcome, Progress, Search, Watcher, open_study
-from search.tracking import OpenTrial
+from search.succession import Succession
 from search.trial import Clock, TrialRecord
 
 INTERRUPTED = "interrupted: the same command goes on from here"
@@ -120,11 +114,8 @@ class _Loop:
         plans = (*search.space.baselines(), *search.space.uniform(search.sparing, search.budget.counts_trials))
         self.first = {search.space.sample(FixedTrial(answers)).digest: answers for answers in plans}
         self.began = time.perf_counter()
-        self.looked_after = -math.inf
-        # Whether a worker that died may have left runs open; at the beginning, one that was here before.
-        self.succeeded = True
+        self.succession = Succession(self.study, search.tracker, self.run, self._known, self._answer)
         self.saved = ""
-        self.silent: dict[int, float] = {}
         self.duplicates = 0
         self.broken: list[str] = []
         self.stop = self.study.user_attrs.get(STOP)
@@ -151,10 +142,7 @@ class _Loop:
             if len(self.broken) >= BROKEN_IN_A_ROW:
                 return f"{len(self.broken)} trials in a row broke, the last one in {self.broken[-1]}"
             self._deliver()
-            if self.succeeded:
-                with suppress(Away):
-                    self._close_what_is_left_open()
-                    self.succeeded = False
+            self.succession.tidy()
             try:
                 # Counting, asking and signing are one act among all workers: none overshoots the budget, and none takes
                 # up a plan that another one is at.
@@ -162,7 +150,7 @@ class _Loop:
                     if self.study.user_attrs.get(STOP) != self.stop:
                         return STOPPED
                     trials = snapshot(self.study)
-                    if time.perf_counter() - self.looked_after > HEARTBEAT_S and self._take_up_the_dead(trials):
+                    if self.succession.take_up_the_dead(trials):
                         trials = snapshot(self.study)
                     left = self._take_waiting(trials) if self.search.measure != "never" else None
                     ended, idle = ("", False) if left else self._budget_spent(trials)
@@ -193,7 +181,7 @@ class _Loop:
     def conclude(self) -> None:
         """Take stock of what all workers did, once the tracker knows all; `ConfigError` where that takes too long."""
         self._deliver_all()
-        _patiently(self._close_what_is_left_open)
+        _patiently(self.succession.close_what_is_left_open)
         until = time.monotonic() + ARRIVE_S
         located = [self._located(record, until) for record in self._others(snapshot(self.study))]
         self._take([record for record in located if record])
@@ -420,49 +408,6 @@ class _Loop:
         self.duplicates += 1
         with suppress(UpdateFinishedTrialError):
             answer_as(trial, twin)
-
-    def _take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Put trials of workers that are gone back into the queue; whether there were any."""
-        self.looked_after = time.perf_counter()
-        told = {str(t.user_attrs.get("digest")) for t in counted(trials)}
-        found = dead(self.study, trials, self.silent)
-        for trial in found:
-            self.succeeded = True
-            # It may tell in this moment.
-            with suppress(UpdateFinishedTrialError):
-                told.add(self._take_up(trial, told))
-        return bool(found)
-
-    def _take_up(self, lost: FrozenTrial, told: Collection[str]) -> str:
-        """Tell what its process had recorded before it could tell, or queue it again; its plan's digest."""
-        trial, digest = Trial(self.study, lost._trial_id), str(lost.user_attrs.get("digest", ""))
-        record = None if digest in told else self._known(digest)
-        tries = int(lost.user_attrs.get(TRIES, 0)) + 1
-        if record:
-            self._answer(trial, record)
-        elif WAITS not in lost.user_attrs:
-            requeue(self.study, lost.number)
-        elif tries > RETRIES:
-            trial.set_user_attr("error", f"measure: the process that measured it died {tries} times")
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        else:
-            trial.set_user_attr(TRIES, tries)
-            trial.set_user_attr(OWNER, "")
-        return digest
-
-    def _close_what_is_left_open(self) -> None:
-        """End the runs that nobody is at; that of a trial which has an answer may yet end with the files of another."""
-        left_open = self.search.tracker.open_trials(self.run)
-        # Read after them, and for good: a trial that was given up never becomes anything else.
-        trials = snapshot(self.study)
-        for left in left_open:
-            trial = trials[left.number]
-            if trial.state is TrialState.FAIL or (trial.state.is_finished() and self._has_files_elsewhere(left)):
-                self.search.tracker.kill_trial(left.run_id)
-
-    def _has_files_elsewhere(self, left: OpenTrial) -> bool:
-        found = self.search.tracker.find(self.run, left.digest)
-        return bool(found and found.artifact_uri and left.run_id not in found.artifact_uri)
 
     def _deliver(self) -> None:
         """Send what the tracker was not there for."""

@@ -5,10 +5,10 @@ from rich.live import Live
 from rich.text import Text
 
 from evaluators.measurement import Measurement
-from search.report import quality_text
 from search.study import Progress
 from search.training import TrainingProgress
 from search.trial import TrialRecord
+from search.view import quality_text
 
 
 class ProgressView:

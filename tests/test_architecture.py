@@ -14,7 +14,10 @@ SOURCES = sorted(path for folder in ("compressors", "evaluators", "search") for 
 HOMES = {
     "hydra": {"search/__main__.py", "search/build.py"},
     "omegaconf": {"search/__main__.py", "search/build.py"},
-    "optuna": {f"search/{name}.py" for name in ("space", "study", "loop", "answers", "sampler", "storage", "status")},
+    "optuna": {
+        f"search/{name}.py"
+        for name in ("space", "study", "loop", "answers", "sampler", "storage", "status", "succession")
+    },
     "mlflow": {"search/remote.py", "search/tracking.py"},
     "onnxruntime": {"evaluators/onnxruntime.py", "evaluators/onnxruntime_int8.py"},
     "openvino": {f"evaluators/{name}.py" for name in ("openvino", "openvino_int8", "packed_openvino")},
@@ -22,7 +25,7 @@ HOMES = {
     "onnx": {f"evaluators/{name}.py" for name in ("export", "onnxruntime", "onnxruntime_int8", "packed_onnx")},
     "torch_pruning": {"compressors/channels.py"},
     "sklearn": {"search/data.py"},
-    "matplotlib": {"search/report.py"},
+    "matplotlib": {"search/picture.py", "search/page.py", "search/heatmap.py"},
 }
 
 

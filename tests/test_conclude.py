@@ -45,7 +45,7 @@ class Finished:
     def again(self, rule: Rule) -> Conclusion:
         """The pictures are drawn already."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("search.conclude.report.draw", lambda *_: [])
+            patch.setattr("search.conclude.draw", lambda *_: [])
             return conclude(replace(self.search, rule=rule), self.outcome)
 
     def select(self, rule: Rule) -> Conclusion:

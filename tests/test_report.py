@@ -10,9 +10,13 @@ from rich.console import Console
 
 from compressors.plan import CompressionPlan, LayerSpec, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
-from search.report import View, describe, draw, front_table, layers_png, pareto_html
+from search.heatmap import layers_png
+from search.page import pareto_html
+from search.report import draw
 from search.select import Choice
+from search.table import front_table
 from search.trial import Stop, TrialRecord
+from search.view import View, describe
 
 LAYERS = [LayerSpec(f"block.{i}", "conv", (8, 8, 3, 3), 576, 1000) for i in range(5)]
 VIEW = View(quality="fidelity")

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from compressors.errors import ConfigError, Infeasible
 from evaluators.measurement import Measurement, Metric
 from search import loop as module
+from search import succession
 from search.liveness import _started, this_process
 from search.loop import run
 from search.remote import Away
@@ -142,7 +143,7 @@ def test_the_last_worker_stays_until_the_budget_is_met(store: Path) -> None:
             sleeper.wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "HEARTBEAT_S", 0.1)
+        patch.setattr(succession, "HEARTBEAT_S", 0.1)
         patch.setattr(module, "IDLE_S", 0.2)
         outcome = run(make_search(store, 3), watch)
     assert "waiting for other workers" in phases

@@ -1,0 +1,88 @@
+"""What becomes of the trial of a worker that is gone: told if it was recorded, else queued again; runs nothing."""
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from search.remote import Away
+from search.storage import HEARTBEAT_S, OWNER, RETRIES, TRIES, WAITS, counted, dead, requeue, snapshot
+from search.tracking import OpenTrial, StudyRun, Tracker
+from search.trial import TrialRecord
+
+
+class Succession:
+    """One worker's eye on the trials of all others.
+
+    `known` gives the record of a plan, if there is one anywhere; `answer` tells it.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        tracker: Tracker,
+        run: StudyRun,
+        known: Callable[[str], TrialRecord | None],
+        answer: Callable[[Trial, TrialRecord], None],
+    ) -> None:
+        self.study, self.tracker, self.run, self.known, self.answer = study, tracker, run, known, answer
+        self.looked = -math.inf
+        self.silent: dict[int, float] = {}
+        # Whether a worker that died may have left runs open; at the beginning, one that was here before.
+        self.succeeded = True
+
+    def take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Every heartbeat, put trials of workers that are gone back into the queue; whether there were any."""
+        if time.perf_counter() - self.looked <= HEARTBEAT_S:
+            return False
+        self.looked = time.perf_counter()
+        told = {str(t.user_attrs.get("digest")) for t in counted(trials)}
+        found = dead(self.study, trials, self.silent)
+        for trial in found:
+            self.succeeded = True
+            # It may tell in this moment.
+            with suppress(UpdateFinishedTrialError):
+                told.add(self._take_up(trial, told))
+        return bool(found)
+
+    def _take_up(self, lost: FrozenTrial, told: Collection[str]) -> str:
+        """Tell what its process had recorded before it could tell, or queue it again; its plan's digest."""
+        trial, digest = Trial(self.study, lost._trial_id), str(lost.user_attrs.get("digest", ""))
+        record = None if digest in told else self.known(digest)
+        tries = int(lost.user_attrs.get(TRIES, 0)) + 1
+        if record:
+            self.answer(trial, record)
+        elif WAITS not in lost.user_attrs:
+            requeue(self.study, lost.number)
+        elif tries > RETRIES:
+            trial.set_user_attr("error", f"measure: the process that measured it died {tries} times")
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            trial.set_user_attr(TRIES, tries)
+            trial.set_user_attr(OWNER, "")
+        return digest
+
+    def tidy(self) -> None:
+        """End the runs of those that were succeeded; while the tracker is away they stay for later."""
+        if self.succeeded:
+            with suppress(Away):
+                self.close_what_is_left_open()
+                self.succeeded = False
+
+    def close_what_is_left_open(self) -> None:
+        """End the runs that nobody is at; that of a trial which has an answer may yet end with the files of another."""
+        left_open = self.tracker.open_trials(self.run)
+        # Read after them, and for good: a trial that was given up never becomes anything else.
+        trials = snapshot(self.study)
+        for left in left_open:
+            trial = trials[left.number]
+            if trial.state is TrialState.FAIL or (trial.state.is_finished() and self._has_files_elsewhere(left)):
+                self.tracker.kill_trial(left.run_id)
+
+    def _has_files_elsewhere(self, left: OpenTrial) -> bool:
+        found = self.tracker.find(self.run, left.digest)
+        return bool(found and found.artifact_uri and left.run_id not in found.artifact_uri)
