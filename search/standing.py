@@ -32,6 +32,8 @@ GROWTH_GAIN = 0.4
 # However far out of the box a loss is, this much it tells of its parts.
 LEAST_WEIGHT = 0.2
 LATENCY_NOISE, SIZE_NOISE = 0.04, 0.005
+# Trials of one kind differ in what they take; from so many times the usual on, something else is to blame.
+PROPORTION = 3.0
 
 
 class Standing:
@@ -206,13 +208,18 @@ class Standing:
         """Trial -> logarithm of measured over expected loss; below 0 went better.
 
         Of those that trained, or of all where nothing does. Expected without the corrections of single knobs: they
-        would take the blame for how a trial was trained.
+        would take the blame for how a trial was trained. What takes out of proportion long has to be better by as much.
         """
         trained = [t for t in self.used if self.parsed[t].growth or not self.reader.levels]
         used = np.array(trained, dtype=np.intp)
         grown = correct(self.base[used], self.measured[used], np.ones(len(used)), self._used_levels(used)[:1])
         errors = self._errors(used, grown)
-        return {self.facts[t].number: float(e) for t, e in zip(used, errors, strict=True)}
+        return {self.facts[t].number: float(e) + self._toll(t) for t, e in zip(used, errors, strict=True)}
+
+    def _toll(self, trial: int) -> float:
+        """Logarithm of the times it took as long as was to be expected, from `PROPORTION` on."""
+        expected = self.seconds(self._before[trial], int(self.growths[trial]))
+        return float(np.log(max(self.facts[trial].seconds / (PROPORTION * expected), 1.0)))
 
     def relate(self, rng: np.random.Generator | None) -> Relation:
         """Loss to drop of quality; the two are one where no loss is measured. Drawn with a generator."""
@@ -284,19 +291,27 @@ class Standing:
     # -- Seconds
 
     @cached_property
+    def _before(self) -> list[int]:
+        """For each trial, how far its structure had grown by then."""
+        reached: dict[frozenset[tuple[str, Scalar]], int] = {}
+        found = []
+        for fact, parsed in zip(self.facts, self.parsed, strict=True):
+            found.append(reached.get(parsed.structure, 0))
+            if _tells(fact):
+                reached[parsed.structure] = max(found[-1], parsed.growth)
+        return found
+
+    @cached_property
     def _pace(self) -> tuple[float, float]:
         """Median seconds of a trial that trained nothing, and of one unit of growth."""
-        reached: dict[frozenset[tuple[str, Scalar]], int] = {}
         still, trained = [], []
-        for fact, parsed in zip(self.facts, self.parsed, strict=True):
-            if not _tells(fact):
+        for fact, parsed, before in zip(self.facts, self.parsed, self._before, strict=True):
+            if not _tells(fact) or fact.seconds <= 0:
                 continue
-            before = reached.get(parsed.structure, 0)
-            if fact.seconds > 0 and parsed.growth <= before:
+            if parsed.growth <= before:
                 still.append(fact.seconds)
-            elif fact.seconds > 0:
+            else:
                 trained.append((fact.seconds, self._amount(before, parsed.growth)))
-            reached[parsed.structure] = max(before, parsed.growth)
         usual = float(np.median(still)) if still else TRIAL_S
         growth = [max(seconds - usual, 0.1) / amount for seconds, amount in trained]
         return usual, float(np.median(growth)) if growth else GROWTH_S

@@ -245,3 +245,15 @@ def test_the_best_of_the_front_grow_for_a_share_of_the_time() -> None:
     hurried = proposer.propose(young, {}, np.random.default_rng(0), remaining_s=1.5)
     assert hurried is not None
     assert hurried.answers.get("train.epochs") != 4, "nor when there is no time for it"
+
+
+def test_what_takes_out_of_proportion_long_has_to_be_better_by_as_much() -> None:
+    proposer, facts = Proposer(make_guide(), AIM), studied(24)
+    usual = proposer.standing(facts).surprises
+    slow = list(usual)[::5]
+    slower = [replace(f, seconds=30 * f.seconds) if f.number in slow else f for f in facts]
+    found = proposer.standing(slower).surprises
+    risen = {number: value - usual[number] for number, value in found.items()}
+    assert len(slow) >= 2
+    assert all(risen[number] > math.log(5) for number in slow)
+    assert all(abs(risen[number]) < 1e-9 for number in usual if number not in slow)
