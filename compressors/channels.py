@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from compressors.layers import KINDS, read_layers
 
 Remove = Callable[[nn.Module, list[int]], nn.Module]
+LINEAR_OUTPUTS: Remove = tp.prune_linear_out_channels
+LINEAR_INPUTS: Remove = tp.prune_linear_in_channels
 
 MAGNITUDES: Mapping[str, Callable[[Any], Tensor | None]] = {
     "l2": tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
@@ -69,7 +71,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> list[Group]:
     names = {module: name for name, module in scratch.named_modules()}
     graph = _graph(scratch, example)
     groups = [_read(group, graph, names, order) for group in graph.get_all_groups()] if graph else []
-    shared = _shared(scratch)
+    shared = sharing(scratch)
     return [g for g in groups if g is not None and not shared.intersection(edit.layer for edit in g.edits)]
 
 
@@ -79,9 +81,22 @@ def _graph(model: nn.Module, example: tuple[Tensor, ...]) -> Any | None:
         with torch.enable_grad(), warnings.catch_warnings():
             # It warns of shapes that it cannot infer; the trial of each group covers that.
             warnings.simplefilter("ignore", UserWarning)
-            return tp.DependencyGraph().build_dependency(model, example, verbose=False)
+            graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
+    _bound(graph, widest=max((size for p in model.parameters() for size in p.shape), default=0))
+    return graph
+
+
+def _bound(graph: Any, widest: int) -> None:
+    """Let no index grow beyond the widest layer.
+
+    Where a part of a tensor is concatenated with the rest of it, as in rotary position embeddings, the tracer would
+    follow its channels round and round, with larger indices every time.
+    """
+    for node in graph.module2node.values():
+        for dependency in node.dependencies:
+            dependency.index_mapping.append(lambda indices: [index for index in indices if index.idx < widest])
 
 
 def _read(group: Any, graph: Any, names: Mapping[nn.Module, str], order: Mapping[str, int]) -> Group | None:
@@ -113,7 +128,7 @@ def _plain(module: nn.Module) -> bool:
     return type(module) in KINDS or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _shared(model: nn.Module) -> set[str]:
+def sharing(model: nn.Module) -> set[str]:
     """The modules that own a parameter together with another module."""
     owned = [(name, id(p)) for name, module in model.named_modules() for p in module.parameters(recurse=False)]
     uses = Counter(identity for _, identity in owned)

@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "tied": {},
     "reused": {"stem.0": ("stem.0", "twice.0")},
     "attention": {"up": ("up",)},
+    "heads": {"up": ("up",)},
 }
 every_net = pytest.mark.parametrize("net", NETS)
 

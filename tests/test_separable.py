@@ -29,6 +29,7 @@ OWNERS: dict[str, list[str]] = {
     "tied": [],
     "reused": ["stem.0", "twice.0"],
     "attention": [],
+    "heads": [],
 }
 every_net = pytest.mark.parametrize("net", NETS)
 

@@ -122,6 +122,47 @@ class Attention(nn.Module):
         return self.head(x.mean(1))  # type: ignore[no-any-return]
 
 
+class GroupedQuery(nn.Module):
+    """Two query heads share one key/value head, and together they are wider than what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 8, 4, 8
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(32, 64),
+            nn.Linear(32, 32),
+            nn.Linear(32, 32),
+            nn.Linear(64, 32),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        pairs = (n, self.num_key_value_heads, 2, t, self.head_dim)
+        q = self.query(x).reshape(n, t, self.num_heads, self.head_dim).transpose(1, 2).reshape(pairs)
+        k, v = (
+            f(x).reshape(n, t, self.num_key_value_heads, 1, self.head_dim).permute(0, 2, 3, 1, 4)
+            for f in (self.key, self.value)
+        )
+        mixed = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1) @ v
+        mixed = mixed.permute(0, 3, 1, 2, 4).reshape(n, t, self.num_heads * self.head_dim)
+        return self.out(mixed)  # type: ignore[no-any-return]
+
+
+class Heads(nn.Module):
+    """An attention block that says how many heads it has, which a cut must say anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.norm = nn.Linear(36, 32), GroupedQuery(), nn.LayerNorm(32)
+        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(2).reshape(x.shape[0], 12, 36))
+        x = self.norm(x + self.attention(x))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -130,6 +171,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "tied": Tied,
     "reused": Reused,
     "attention": Attention,
+    "heads": Heads,
 }
 CLASSES = 5
 
