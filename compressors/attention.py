@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from compressors.channels import LINEAR_INPUTS, LINEAR_OUTPUTS, Edit, Group, Remove, sharing
 from compressors.layers import hooked, read_layers
 
-COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads", "n_kv_heads")
+COUNTS = (
+    *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
+)
 """Under these names blocks hold how many heads they have; the least is that of keys and values."""
 SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 """And how wide one of them is, which stays."""
@@ -106,7 +109,8 @@ def _block(model: nn.Module, site: _Site, value: str, position: int) -> Block:
 
 
 def _held(module: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    values = {name: getattr(module, name, None) for name in names}
+    """Those of these whole numbers that the module itself holds; one that it works out is right anyway."""
+    values = {name: vars(module).get(name) for name in names}
     return {name: value for name, value in values.items() if type(value) is int and value > 0}
 
 
@@ -150,13 +154,13 @@ def _silenced(model: nn.Module, sites: Sequence[_Site], place: int, example: tup
     for site in sites:
         for parameter in scratch.get_submodule(site.members[place]).parameters():
             parameter.zero_()
-    readers = [site.reader for site in sites]
     heard: set[str] = set()
 
-    def listen(reader: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if given[0].any():
+    def listen(reader: str, _module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        if any(x.any() for x in (*given, *named.values())):
             heard.add(reader)
 
-    with hooked(scratch.get_submodule(r).register_forward_pre_hook(partial(listen, r)) for r in readers):
+    readers = {site.reader: scratch.get_submodule(site.reader) for site in sites}
+    with hooked(m.register_forward_pre_hook(partial(listen, r), with_kwargs=True) for r, m in readers.items()):
         scratch(*example)
     return set(readers) - heard

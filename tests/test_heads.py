@@ -68,10 +68,10 @@ class Answering(nn.Module):
 
 
 class Causal(Answering):
-    """With a mask of its own: ONNX has no operator for how the library makes one."""
+    """With a mask of its own, finite for calibration: ONNX has no operator for how the library makes one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.full((1, 1, x.shape[1], x.shape[1]), -math.inf).triu(1)
+        mask = torch.full((1, 1, x.shape[1], x.shape[1]), -1e4).triu(1)
         return self.answer(self.body(x, attention_mask=mask))
 
 
@@ -332,6 +332,35 @@ def test_an_assistant_loses_half_as_much() -> None:
     half = Heads().half(Step("heads", {OWNER: {"sparsity": 0.5}}, {"criterion": "l2"}))
     assert half == Step("heads", {OWNER: {"sparsity": 0.25}}, {"criterion": "l2"})
     assert Heads().half(Step("heads", {OWNER: {"sparsity": 0.0}})) is None
+
+
+class Told(GroupedQuery):
+    """Works out how many heads there are, and calls its last layer by the name of what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.num_heads, self.num_key_value_heads
+
+    @property
+    def n_heads(self) -> int:
+        return self.query.out_features // self.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.query(x).view(n, t, self.n_heads, self.head_dim).transpose(1, 2)
+        k, v = (f(x).view(n, t, -1, self.head_dim).transpose(1, 2) for f in (self.key, self.value))
+        k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(input=mixed)  # type: ignore[no-any-return]
+
+
+def test_a_block_may_work_out_what_it_says() -> None:
+    model = build("heads")
+    model.attention = Told()
+    assert dict(Heads().groups(model, (images(),))) == {OWNER: BLOCK}
+    cut(model, 0.5)
+    assert isinstance(model.attention, Told)
+    assert model.attention.n_heads == 4
 
 
 class Interleaved(GroupedQuery):
