@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 from torch.utils.hooks import RemovableHandle
 
 from compressors.errors import Infeasible
-from compressors.layers import hooked
+from compressors.layers import hooked, weight_path
 from compressors.pipeline import Batch
 from compressors.plan import digest
 
@@ -45,7 +45,7 @@ def _portions(model: nn.Module, groups: Mapping[str, Sequence[str]]) -> Iterator
     portion: list[str] = []
     room = LIMIT_BYTES
     for owner, members in groups.items():
-        weight = model.get_parameter(f"{owner}.weight")
+        weight = model.get_parameter(weight_path(model, owner))
         size = 4 * ROWS * len(members) * weight[0].numel() * getattr(model.get_submodule(owner), "groups", 1)
         if portion and size > room:
             yield portion
@@ -64,7 +64,7 @@ def _listening(
     for owner, members in groups.items():
         generator = torch.Generator().manual_seed(int(digest([owner, seed]), 16) % 2**63)
         take = partial(_take, rows[owner], generator)
-        handles += [model.get_submodule(name).register_forward_pre_hook(take) for name in members]
+        handles += [model.get_submodule(name).register_forward_pre_hook(take, with_kwargs=True) for name in members]
     with hooked(handles):
         yield
 
@@ -79,8 +79,14 @@ def _show(model: nn.Module, batches: Iterable[Batch]) -> None:
         left -= len(inputs[0])
 
 
-def _take(rows: list[Tensor], generator: torch.Generator, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    x = inputs[0].detach()
+def _take(
+    rows: list[Tensor],
+    generator: torch.Generator,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
+) -> None:
+    x = next(iter((*inputs, *named.values()))).detach()
     windows, inner = _windows(module, x) if isinstance(module, nn.Conv1d | nn.Conv2d) else (x, 1)
     places = windows.shape[:-inner]
     quota = min(ROWS, max(1, ROWS * len(x) // EXAMPLES))

@@ -83,3 +83,20 @@ def test_nobody_listens_any_more_afterwards() -> None:
 def test_a_layer_that_nothing_reaches_is_named() -> None:
     with pytest.raises(Infeasible, match="head: no calibration example reaches it"):
         list(layer_inputs(build("plain"), {"head": ("head",)}, lambda: iter(()), 0))
+
+
+class Named(nn.Module):
+    """Calls its layer by the name of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)  # type: ignore[no-any-return]
+
+
+def test_an_input_given_by_its_name_counts() -> None:
+    given = batches((4,))
+    ((_, rows),) = layer_inputs(Named(), {"layer": ("layer",)}, lambda: given, 0)
+    assert torch.equal(rows[:, 0], torch.cat([x[0] for x, _ in given]))

@@ -1,0 +1,180 @@
+"""Channels that can be scaled while the model answers as before: finds and scales them; it decides nothing."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.layers import hooked, read_layers, weight_path
+from compressors.replace import stands_for
+
+REACH = 10
+"""A trial scales by up to two to this power, up and down: what is cut off at six, as by ReLU6, then shows."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Channels that a norm or a linear layer, the `feeder`, gives and only linear layers, the `readers`, take.
+
+    Between them they are at most mixed among positions, gated, or cut off at zero.
+    """
+
+    feeder: str
+    readers: tuple[str, ...]
+
+
+@torch.no_grad()
+def rescale(model: nn.Module, place: Place, factors: Tensor) -> None:
+    """Divide what the feeder gives by `factors` `(channels,)`, all above 0, and multiply the readers' columns."""
+    _divide(model.get_submodule(place.feeder), factors)
+    for reader in place.readers:
+        model.get_parameter(weight_path(model, reader)).mul_(factors)
+
+
+def places(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Place]:
+    """By the name that the feeder, or what it stands in the place of, has in the uncompressed model.
+
+    Each is found by a trial: with the feeder's channels scaled, some layers must see just that in every call, all
+    others what they saw before, and once the former undo it, the model must answer as before. So the input of a
+    residual addition is left alone, and what shares its parameters too. A reader has one feeder, the first.
+    """
+    scratch = copy.deepcopy(model).eval().requires_grad_(False)
+    feeders, readers = _candidates(scratch, example)
+    found: dict[str, Place] = {}
+    if not feeders:
+        return found
+    seen = _seen(scratch, readers, example)
+    taken: set[str] = set()
+    for feeder in feeders:
+        took = _takers(scratch, feeder, seen, example)
+        name = stands_for(scratch, feeder)
+        inside = any(stands_for(scratch, reader) == name for reader in took)
+        if took and not inside and taken.isdisjoint(took):
+            found[name] = Place(feeder, took)
+            taken.update(took)
+    return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What linear layers were given, call by call, and what the model answered."""
+
+    inputs: Mapping[str, Sequence[Tensor]]
+    output: Tensor
+
+
+def _candidates(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[list[str], list[str]]:
+    """Feeders, and the linear layers that one of them could feed by its width."""
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    alone = {name: m for name, m in model.named_modules() if name and all(uses[id(p)] == 1 for p in m.parameters())}
+    linear = [layer.name for layer in read_layers(model, example) if layer.kind == "linear" and layer.name in alone]
+    read = {name: _shape(model, name)[1] for name in linear}
+    given = {name: _shape(model, name)[0] for name in alone if name in read or _is_norm(alone[name])}
+    feeders = [name for name, width in given.items() if width in read.values()]
+    return feeders, [name for name, width in read.items() if width in given.values()]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whatever has a factor, and perhaps a shift, for each channel, and nothing else.
+
+    Not a batch norm: that becomes a part of the convolution before it.
+    """
+    own = dict(module.named_parameters())
+    fits = "weight" in own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values())
+    return fits and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _shape(model: nn.Module, name: str) -> torch.Size:
+    return model.get_parameter(weight_path(model, name)).shape
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, readers: Sequence[str], example: tuple[Tensor, ...]) -> _Seen:
+    inputs: dict[str, list[Tensor]] = {name: [] for name in readers}
+    # A copy, because what comes next may work in place.
+    with _listening(model, readers, lambda name, given: inputs[name].append(given.clone())):
+        output = _first(model(*example))
+    return _Seen(inputs, output)
+
+
+@torch.no_grad()
+def _takers(model: nn.Module, feeder: str, seen: _Seen, example: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """The readers of a feeder; none if scaling it changes anything that they cannot undo."""
+    width = _shape(model, feeder)[0]
+    factors = _powers(width)
+    calls = {name: iter(inputs) for name, inputs in seen.inputs.items() if _shape(model, name)[1] == width}
+    told: dict[str, set[bool]] = {name: set() for name in calls}
+
+    def look(name: str, given: Tensor) -> Tensor | None:
+        before = next(calls[name], given.new_zeros(()))
+        undone = given * factors
+        reads = _alike(undone, before)
+        # Where it is neither scaled nor as before, or both, which only zeros can be, the answers contradict each other.
+        told[name] |= {reads, not _alike(given, before)}
+        return undone if reads else None
+
+    with _divided(model.get_submodule(feeder), factors), _listening(model, calls, look):
+        output = _first(model(*example))
+    clear = all(len(answers) < 2 for answers in told.values()) and _alike(output, seen.output)
+    return tuple(name for name, answers in told.items() if answers == {True}) if clear else ()
+
+
+@contextmanager
+def _listening(model: nn.Module, layers: Iterable[str], hear: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """`hear` is told the input of every call of these layers, and may give another one."""
+
+    def look(
+        name: str, given: tuple[Tensor, ...], named: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor], dict[str, Any]] | None:
+        # It has one input, which may be called by its name.
+        other = hear(name, next(iter((*given, *named.values()))))
+        return None if other is None else ((other,), {})
+
+    handles = (
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _layer, given, named, name=name: look(name, given, named), with_kwargs=True
+        )
+        for name in layers
+    )
+    with hooked(handles):
+        yield
+
+
+def _powers(width: int) -> Tensor:
+    """None of them 1. Powers of two are exact: what comes back comes back to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    powers = torch.randint(1, REACH + 1, (width,), generator=generator)
+    signs = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
+    return 2.0 ** (powers * signs)
+
+
+@contextmanager
+def _divided(module: nn.Module, factors: Tensor) -> Iterator[None]:
+    kept = [parameter.clone() for parameter in module.parameters()]
+    _divide(module, factors)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(module.parameters(), kept, strict=True):
+            parameter.copy_(value)
+
+
+def _divide(module: nn.Module, factors: Tensor) -> None:
+    """Its rows, where it has a matrix; of a norm the factor and the shift."""
+    for parameter in module.parameters():
+        parameter.div_(factors.reshape(-1, *[1] * (parameter.dim() - 1)))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-6 * float(other.abs().max()) if other.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=tolerance)
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
