@@ -42,7 +42,7 @@ class Smooth:
     It only goes where `compressors.scaling` finds that nothing else changes: between a norm or a linear layer and the
     linear layers that alone read it. So it does not help a network of convolutions, nor one that adds the norm's output
     to something else, as the blocks of BERT do (there, only values and what they are projected by have a place). Nor
-    does it help where no channel stands out; then `smoothquant` makes the weights a little harder to round.
+    does it help where no channel stands out; there `smoothquant` only makes few bits of weights lose more.
 
     It changes weights without training them, and so comes behind all that trains, but for qat: that chooses the grid on
     which the weights will lie, and scaling would take them off it. No prediction tells what it gains; the sampler

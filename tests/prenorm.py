@@ -26,7 +26,7 @@ class Transformer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width)
         x = x + self.out(mixed)
         x = x + self.down(F.gelu(self.up(self.second(x))))
-        return self.head(self.last(x).mean(1))  # type: ignore[no-any-return]
+        return self.head(self.last(x)).mean(1)  # type: ignore[no-any-return]
 
 
 class Gated(nn.Module):

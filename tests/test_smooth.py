@@ -93,7 +93,7 @@ def test_deployed_in_float_it_answers_as_before(runtime: str, tmp_path: Path) ->
 def test_8_bits_lose_less_where_channels_stand_out(runtime: str, tmp_path: Path) -> None:
     model = rough()
     plain = off(model, runtime, tmp_path, quantize(model, 8))
-    assert off(model, runtime, tmp_path, smooth(model), quantize(model, 8)) < 0.5 * plain
+    assert off(model, runtime, tmp_path, smooth(model), quantize(model, 8)) < 0.3 * plain
 
 
 @every_runtime
@@ -101,7 +101,7 @@ def test_4_bits_of_weights_lose_less_where_channels_stand_out(runtime: str, tmp_
     model = rough()
     bits = quantize(model, 4, group_size=32)
     plain = off(model, runtime, tmp_path, bits)
-    assert off(model, runtime, tmp_path, smooth(model, 1.0, "awq"), bits) < 0.8 * plain
+    assert off(model, runtime, tmp_path, smooth(model, 1.0, "awq"), bits) < 0.6 * plain
 
 
 @every_runtime
