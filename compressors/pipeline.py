@@ -26,11 +26,13 @@ Achieved = Mapping[str, Settings]
 
 
 class Stage(IntEnum):
-    """The order in which methods run: take parts out, replace layers, hold weights, recover, change the numbers.
+    """The order in which methods run: prepare, take parts out, replace layers, hold weights, recover, change numbers.
 
-    What takes parts out goes by the layers of the uncompressed model, and so comes before what replaces them.
+    What prepares trains the whole model and leaves its shape: all plans that prepare it alike begin with the same
+    weights. What takes parts out goes by the layers of the uncompressed model, and so comes before what replaces them.
     """
 
+    PREPARE = -1
     STRUCTURE = 0
     REPLACE = 1
     MASK = 2
@@ -50,6 +52,7 @@ class Context:
     shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `answers` gives the
     teacher's output, perhaps from memory; without it the teacher is asked. `between_rounds` hears, before every round
     of a `Growing` method but the first, where this leads and what was achieved by then; it may raise to end it.
+    `prepared` is there once a model was trained before anything is taken out of it.
     """
 
     teacher: nn.Module
@@ -60,6 +63,12 @@ class Context:
     progress: Callable[[str], None] = lambda _text: None
     answers: Callable[..., Tensor] | None = None
     between_rounds: "Callable[[Step, Achieved], None]" = lambda _step, _achieved: None
+    prepared: nn.Module | None = None
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model of which parts are taken out, with all of its parts and as it was before the first one went."""
+        return self.teacher if self.prepared is None else self.prepared
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ def compress(
 
 def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str:
     """The prefix that an artifact of this plan has."""
-    return prefix_digest(_of_stages(plan, compressors, *CHANGES, Stage.RECOVER), plan.seed)
+    return prefix_digest(_of_stages(plan, compressors, Stage.PREPARE, *CHANGES, Stage.RECOVER), plan.seed)
 
 
 def prefix_digest(steps: Sequence[Step], seed: int) -> str:
@@ -267,6 +276,7 @@ class _Run:
     ) -> None:
         self.original, self.plan, self.compressors = original, plan, compressors
         self.context, self.store = context, store
+        self.whole = FloatModel(original, {})
         self.prefix = prefix_of(plan, compressors)
         self.seconds: dict[str, float] = {}
         self.assistants: dict[str, FloatModel] = {}
@@ -279,8 +289,9 @@ class _Run:
         if recalled is not None:
             return recalled
         structure, recovery = self.of_stages(*CHANGES), self.of_stages(Stage.RECOVER)
+        self._prepare()
         model, achieved = self._cut(structure, ())
-        way = list(self._way(structure, recovery))
+        way = list(self._way([*self.of_stages(Stage.PREPARE), *structure], recovery))
         passed, recovered = self._furthest(way, model)
         between = self._between(structure, recovery)
         if between and not passed:
@@ -291,17 +302,30 @@ class _Run:
         self.store.remember(self.prefix, made)
         return made
 
+    def _prepare(self) -> None:
+        """The whole model becomes what the plan makes of it before anything is taken out."""
+        steps = self.of_stages(Stage.PREPARE)
+        if steps:
+            model = copy.deepcopy(self.original).eval()
+            self.whole = FloatModel(model, self._recover(model, (), steps))
+            self.context = replace(self.context, prepared=model)
+
     def _cut(self, structure: Sequence[Step], between: Sequence[Step]) -> tuple[nn.Module, dict[str, Achieved]]:
         """A copy of another structure, trained `between` taking modules out and cutting what is left of them."""
-        model = copy.deepcopy(self.original).eval()
-        achieved: dict[str, Achieved] = {}
+        model, achieved = copy.deepcopy(self.whole.model).eval(), dict(self.whole.achieved)
+        before = self.of_stages(Stage.PREPARE)
         for position, step in enumerate(structure, start=1):
             achieved[step.method] = self._apply(model, step).achieved
+            before.append(step)
             if self._removes(step) and position < len(structure):
-                way = list(self._way(structure[:position], between))
-                passed, recovered = self._furthest(way, model)
-                self._train(model, way[passed:], recovered)
+                self._recover(model, before, between)
         return model, achieved
+
+    def _recover(self, model: nn.Module, before: Sequence[Step], steps: Sequence[Step]) -> dict[str, Achieved]:
+        """Train a model that has had the steps `before`, from where the store has it; what the training achieved."""
+        way = list(self._way(before, steps))
+        passed, recovered = self._furthest(way, model)
+        return self._train(model, way[passed:], recovered)
 
     def _between(self, structure: Sequence[Step], recovery: Sequence[Step]) -> tuple[Step, ...]:
         """Nothing where there is no parent: no module is out, nothing else is cut, or nothing trains."""
@@ -357,16 +381,16 @@ class _Run:
             self.store.save(leg.prefix, model, achieved)
         return achieved
 
-    def _way(self, structure: Sequence[Step], recovery: Sequence[Step]) -> Iterator[_Leg]:
-        before = list(structure)
-        for step in recovery:
+    def _way(self, before: Sequence[Step], steps: Sequence[Step]) -> Iterator[_Leg]:
+        done = list(before)
+        for step in steps:
             method = self.compressors[step.method]
             rounds = method.rounds(step) if isinstance(method, Growing) else (step,)
             since: Step | None = None
             for end in rounds:
-                yield _Leg(prefix_digest([*before, end], self.plan.seed), end, since)
+                yield _Leg(prefix_digest([*done, end], self.plan.seed), end, since)
                 since = end
-            before.append(step)
+            done.append(step)
 
     def _furthest(self, way: Sequence[_Leg], model: nn.Module) -> tuple[int, dict[str, Achieved]]:
         """How many legs are behind the stored weights that `model` now has."""
@@ -394,6 +418,7 @@ class _Run:
         plan = assistant_plan(self.plan, step, self.compressors)
         if plan is None:
             return self.context
+        plan = replace(plan, steps=(*self.of_stages(Stage.PREPARE), *plan.steps))
         if plan.digest not in self.assistants:
             context = replace(self.context, between_rounds=lambda _step, _achieved: None)
             run = _Run(self.original, plan, self.compressors, context, self.store)

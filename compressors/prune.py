@@ -34,7 +34,7 @@ class Prune:
 
     Which channels go first, `criterion` says: those whose weights, over all layers of the group, have the smallest L2
     norm (`l2`) or L1 norm (`l1`); whose batch norms scale them least (`bn_scale`, network slimming, Liu 2017, arXiv
-    1708.06519, though without its penalty in training); whose removal changes the loss least, to first order
+    1708.06519, whose penalty in training is a method of its own); whose removal changes the loss least, to first order
     (`taylor`, Molchanov 2019, arXiv 1906.10771) or by the Fisher information (`fisher`, Theis 2018, arXiv 1801.05787),
     both on 32 calibration examples; or any (`random`), which shows what a criterion is worth. Without labels `taylor`
     is its own expectation over the model's answers, which is `fisher`. These two do not help a network that is sure of
@@ -64,9 +64,9 @@ class Prune:
         asked = {owner: share for owner, share in shares.items() if share > 0}
         scores = deciding = _judged(model, {owner: groups[owner] for owner in asked}, ask, context, seed)
         if ask.allocation == "global":
-            # By the uncompressed model: training between two cuts must not change the shape that a plan stands for.
-            whole = _named(trace(context.teacher, context.example), asked)
-            deciding = _judged(context.teacher, whole, ask, context, seed)
+            # By the model before any cut: training between two cuts must not change the shape that a plan stands for.
+            whole = _named(trace(context.whole, context.example), asked)
+            deciding = _judged(context.whole, whole, ask, context, seed)
         kept = {owner: group.width for owner, group in groups.items()} | _kept(ask, asked, deciding)
         cuts = [(groups[owner], _weakest(scores[owner], kept[owner])) for owner in asked]
         _check([cut for cut in cuts if cut[1]], model, context.example)

@@ -142,8 +142,9 @@ class SearchSpace:
         gone: set[str] = set()
         taken: dict[Stage, set[str]] = {Stage.REPLACE: set(), Stage.NUMERIC: set()}
         done: set[Stage | None] = {None}
-        # What makes up for numbers runs before them, but whether there are any is only known afterwards.
-        for method in sorted(self.methods, key=lambda method: method.needs is Stage.NUMERIC):
+        # What makes up for numbers, or prepares for structure, runs before it, but whether there is any is only known
+        # afterwards.
+        for method in sorted(self.methods, key=lambda m: m.needs is Stage.NUMERIC or m.stage is Stage.PREPARE):
             step = method.step(pick, gone | taken.get(method.stage, set())) if method.needs in done else None
             if step is not None:
                 steps[method.name] = step
@@ -167,9 +168,9 @@ class SearchSpace:
     def uniform(self, sparing: bool = False, trained: bool = False) -> Iterator[dict[str, Scalar]]:
         """Answers for each method alone, each of its values on all layers alike, on every runtime.
 
-        Methods that need a structural one come along at full strength wherever the structure changes; everything else
-        is off. With `sparing` there is one value a method, from its middle, and, unless all are to be `trained`, as
-        little recovery as there can be.
+        Methods that need a structural one and recover from it come along at full strength wherever the structure
+        changes; everything else is off. With `sparing` there is one value a method, from its middle, and, unless all
+        are to be `trained`, as little recovery as there can be.
         """
         # Numeric methods first: they need no training, so that a short search has something of everything.
         for method in reversed(self.methods):
@@ -196,7 +197,7 @@ class SearchSpace:
             method = methods[knob.method]
             if knob.key != method.off[0]:
                 return knob.middle()
-            if method.needs is Stage.STRUCTURE:
+            if method.needs is Stage.STRUCTURE and method.stage is not Stage.PREPARE:
                 return knob.first(but=method.off[1]) if hurried else knob.last()
             value = wanted.get(knob.method, method.off[1])
             return value if not knob.choices or value in knob.choices else method.off[1]

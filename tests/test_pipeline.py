@@ -1,5 +1,5 @@
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -21,7 +21,7 @@ from compressors.pipeline import (
     compress,
     prefix_of,
 )
-from compressors.plan import CompressionPlan, Scalar, Step, Target
+from compressors.plan import CompressionPlan, Scalar, Step, Target, digest
 from tests.context import make_context
 from tests.zoo import build, images
 
@@ -48,6 +48,10 @@ class Recorder:
 
 class Shape(Recorder):
     method, stage = "shape", Stage.STRUCTURE
+
+
+class Ready(Recorder):
+    method, stage = "ready", Stage.PREPARE
 
 
 class Swap(Recorder):
@@ -103,6 +107,19 @@ class Climb(Recorder):
 
     def between(self) -> Step | None:
         return Step("climb", {}, {"add": 3})
+
+
+class Look(Recorder):
+    """Tells what it may look at: the model to learn from, and the one that was whole."""
+
+    method, stage = "look", Stage.STRUCTURE
+
+    def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
+        return Applied({"": {"teacher": biases(context.teacher), "whole": biases(context.whole)}})
+
+
+def biases(model: nn.Module) -> float:
+    return float(model.get_parameter("head.bias").detach().sum())
 
 
 class Hold(Recorder):
@@ -193,9 +210,10 @@ class Disk(Shelf):
         return None
 
 
-HOLD, OUT, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
+HOLD, OUT, READY, SHAPE, SWAP, TEACH, EIGHT, FOUR = (
     Step("hold", {}, {"add": 0.0625}),
     Step("out", {}, {"add": 0.125}),
+    Step("ready", {}, {"add": 0.375}),
     Step("shape", {}, {"add": 0.5}),
     Step("swap", {}, {"add": 0.75}),
     Step("teach", {}, {"add": 0.25}),
@@ -210,7 +228,7 @@ class Rival(Weigh):
     method = "rival"
 
 
-METHODS: tuple[type[Recorder], ...] = (Out, Shape, Swap, Hold, Teach, Climb, Count, Weigh, Rival)
+METHODS: tuple[type[Recorder], ...] = (Ready, Out, Look, Shape, Swap, Hold, Teach, Climb, Count, Weigh, Rival)
 
 
 def climb(epochs: int) -> Step:
@@ -403,6 +421,50 @@ def test_children_share_their_parent() -> None:
     calls.clear()
     run(OUT, climb(4), calls=calls, store=disk)
     assert calls == ["out", "climb 2-4"], "what the parent began with, other plans begin with"
+
+
+def test_what_prepares_runs_first_and_is_all_that_others_begin_with() -> None:
+    disk, calls = Disk(), list[str]()
+    first = run(SHAPE, READY, TEACH, calls=calls, store=disk)
+    assert calls == ["ready", "shape", "teach"]
+    assert first.achieved.keys() == {"ready", "shape", "teach"}
+    assert set(disk.kept) == {prefix(READY), prefix(READY, SHAPE, TEACH)}
+    calls.clear()
+    second = run(READY, SWAP, calls=calls, store=disk)
+    assert calls == ["swap"], "what was prepared is found"
+    assert second.achieved["ready"] == {"": {"add": 0.375}}
+    assert same(second.model, run(READY, SWAP).model)
+    assert prefix(SHAPE, TEACH) not in {prefix(READY, SHAPE, TEACH), prefix(READY)}
+
+
+def test_preparing_alone_is_a_plan_too() -> None:
+    disk, calls = Disk(), list[str]()
+    alone = run(READY, store=disk)
+    assert alone.prefix == prefix(READY)
+    assert same(run(READY, calls=calls, store=disk).model, alone.model)
+    assert not calls
+
+
+def test_the_parent_of_many_is_made_of_what_was_prepared() -> None:
+    disk, calls = Disk(), list[str]()
+    run(READY, OUT, SHAPE, climb(2), calls=calls, store=disk)
+    assert calls == ["ready", "out", "shape", "out", "climb 0-2", "climb 2-3", "shape", "climb 0-2"]
+    assert {prefix(READY, OUT, climb(3)), prefix(READY, OUT, SHAPE, climb(2))} <= set(disk.kept)
+    assert not set(disk.kept) & {prefix(OUT, climb(3)), prefix(OUT, climb(2))}
+
+
+def test_the_whole_model_is_the_one_that_was_prepared_and_the_teacher_the_uncompressed_one() -> None:
+    look = Step("look", {}, {})
+    original = biases(build("plain"))
+    assert run(look).achieved["look"][""] == {"teacher": original, "whole": original}
+    told = run(READY, look).achieved["look"][""]
+    assert told["teacher"] == original
+    assert told["whole"] == pytest.approx(original + 5 * 0.375)
+
+
+def test_without_anything_to_prepare_prefixes_are_what_they_were() -> None:
+    """Stored weights of earlier versions are found by them."""
+    assert prefix(SHAPE, TEACH, seed=2) == digest([2, asdict(SHAPE), asdict(TEACH)])
 
 
 def test_what_is_held_is_let_go_once_nothing_trains_any_more() -> None:

@@ -353,6 +353,35 @@ def test_recovery_comes_with_whatever_replaces_layers() -> None:
     assert methods == {("quantize",), ("lowrank", "distill"), ("separable", "distill"), ("prune", "distill")}
 
 
+def with_preparation() -> SearchSpace:
+    compressors: dict[str, Any] = {
+        "prune": Fake("prune", Stage.STRUCTURE, ("sparsity", 0.0)),
+        "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
+        "slim": Fake("slim", Stage.PREPARE, ("epochs", 0)),
+        "quantize": Fake("quantize", Stage.NUMERIC, ("bits", 32)),
+    }
+    spaces = {**SPACES, "slim": {"when": "structure", "epochs": {"choices": [0, 4]}}}
+    runtimes: dict[str, Any] = {"one": FakeRuntime("one", ("fp32",))}
+    return build_space(spaces, compressors, {**GROUPS, "slim": {}}, LAYERS, runtimes)
+
+
+def test_what_prepares_for_structure_is_asked_after_it_and_runs_before_it() -> None:
+    found = with_preparation()
+    slimmed = found.sample(FixedTrial({**PRUNED, "slim.epochs": 4}))
+    assert [step.method for step in slimmed.steps] == ["slim", "prune", "distill"]
+    whole = {f"prune.sparsity@{owner}": 0.0 for owner in GROUPS["prune"]}
+    # There is no answer for its epochs: it must not be asked.
+    numbers = {f"quantize.bits@{layer.name}": 8 for layer in LAYERS}
+    assert [step.method for step in found.sample(FixedTrial({**whole, **numbers})).steps] == ["quantize"]
+
+
+def test_what_prepares_is_left_to_the_sampler() -> None:
+    for sparing in (False, True):
+        plans = [with_preparation().sample(FixedTrial(answers)) for answers in with_preparation().uniform(sparing)]
+        assert any([step.method for step in plan.steps] == ["prune", "distill"] for plan in plans)
+        assert not any(step.method == "slim" for plan in plans for step in plan.steps)
+
+
 def test_what_is_masked_is_recovered_too() -> None:
     compressors: dict[str, Any] = {
         "distill": Fake("distill", Stage.RECOVER, ("epochs", 0)),
