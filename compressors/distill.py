@@ -1,6 +1,8 @@
 """Trains a changed model to answer as the uncompressed one does; it never touches the shape of anything."""
 
 import copy
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import ClassVar
@@ -10,13 +12,15 @@ from torch import Tensor, nn
 
 from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.matching import FORMS, Match
-from compressors.pipeline import Applied, Context, loss_after
+from compressors.mutual import learning_together, peer_of
+from compressors.pipeline import Applied, Batch, Context, loss_after
 from compressors.plan import Settings, Step, digest
 from compressors.recovery import Goal, Recovery, checked, number, training, whole_epochs
 
 PRECISIONS = ("auto", "fp32", "bf16")
 NONE = "none"
 ASSISTANTS = (NONE, "half")
+PEERS = (NONE, "mutual")
 FITTED_EXAMPLES = 64
 """Of the first calibration batch, what student and teacher are compared on before they learn."""
 
@@ -39,6 +43,14 @@ class Distill(Recovery):
     uncompressed one in the same way (Mirzadeh 2020, arXiv 1902.03393). It is trained first, which costs as much again
     unless another plan needed it, and helps only where the uncompressed model is too far away to be followed.
 
+    With `peer` mutual, another student with the same structure and other weights learns beside it, and both learn from
+    each other as well (compressors/mutual.py). It begins every round as a disturbed copy of the student, is thrown away
+    when the round ends, and costs as much training again. It does not help where both follow a good teacher and have
+    little to tell each other: on the small nets of the tests it brought nothing that could be measured.
+
+    With `weight` 0 the labels alone count: plain supervised fine-tuning, for when the uncompressed model is no good
+    example.
+
     `parent` has the settings with which a model is trained whose blocks were left out, before its channels go as well:
     cut in two steps it recovers in fewer epochs than cut at once, and all children of one parent share the first ones.
     """
@@ -60,6 +72,7 @@ class Distill(Recovery):
             try:
                 checked(self.method, self.parent)
                 _matching(self.parent)
+                _has_peer(self.parent)
                 if self.parent.get("assistant", NONE) != NONE:
                     # It would be made of whichever child comes first.
                     raise Infeasible("distill.assistant of a parent: expected none")
@@ -69,8 +82,8 @@ class Distill(Recovery):
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`epochs`, `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`.
 
-        A `match` and its `match_weight` may be added, and an `assistant`, which `context` then has for a teacher.
-        Raises `Infeasible` as soon as the loss is not finite. The model is in eval mode afterwards.
+        A `match` and its `match_weight` may be added, a `peer`, and an `assistant`, which `context` then has for a
+        teacher. Raises `Infeasible` as soon as the loss is not finite. The model is in eval mode afterwards.
         """
         since: Step | None = None
         for end in self.rounds(step):
@@ -99,18 +112,21 @@ class Distill(Recovery):
     def advance(self, model: nn.Module, step: Step, since: Step | None, context: Context, seed: int) -> Applied:
         """One round; its order of the data comes from `seed` and from the epoch in which it begins."""
         done, epochs = (0 if end is None else whole_epochs(self.method, end.shared) for end in (since, step))
-        form, weight = _matching(step.shared)
+        (form, weight), mutual = _matching(step.shared), _has_peer(step.shared)
         assisted: Settings = {"assistant": "half"} if self.assistant(step) else {}
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
         goal = Goal.read(self.method, step.shared, context, self._half)
         match = FORMS[form](_with_batch_statistics(model), context.teacher, _few(context)) if form != NONE else None
+        lesson = int(digest([seed, done]), 16)
+        peer = peer_of(model, lesson) if mutual else None
         with training(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(int(digest([seed, done]), 16))
-            loss = self._train(model, goal, match, weight, range(done, epochs), context)
+            torch.manual_seed(lesson)
+            loss = self._train(model, goal, match, weight, peer, range(done, epochs), context)
         told: Settings = {"epochs": epochs, "loss": loss, loss_after(epochs): loss}
         matched: Settings = {"match": form, "match_weight": weight, "matched": len(match.places)} if match else {}
-        return Applied({"": {**told, **matched, **assisted}})
+        paired: Settings = {"peer": "mutual"} if peer else {}
+        return Applied({"": {**told, **matched, **paired, **assisted}})
 
     @property
     def _half(self) -> bool:
@@ -118,22 +134,29 @@ class Distill(Recovery):
         return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_amx_tile_supported())
 
     def _train(
-        self, model: nn.Module, goal: Goal, match: Match | None, weight: float, epochs: range, context: Context
+        self,
+        model: nn.Module,
+        goal: Goal,
+        match: Match | None,
+        weight: float,
+        peer: nn.Module | None,
+        epochs: range,
+        context: Context,
     ) -> float:
-        """The mean loss of the last epoch, without what is matched, so that it can be compared with other plans'."""
-        parameters, rate = [*model.parameters()], goal.learning_rate
-        if match is None:
-            return self.train(parameters, lambda batch: goal.loss(model, batch), rate, epochs, context)
-        # What was remembered of the teacher are its answers, not how it came to them.
-        asking = replace(goal, teacher=context.teacher)
-        with match.watching(model, context.teacher) as distance:
+        """The mean loss of the last epoch, without what is matched or a peer's, so that plans can be compared by it."""
+        learning, asking, pulls = [*model.parameters()], goal, list[Callable[[Batch], Tensor]]()
+        with ExitStack() as stack:
+            if match is not None:
+                # What was remembered of the teacher are its answers, not how it came to them.
+                asking = replace(goal, teacher=context.teacher)
+                distance = stack.enter_context(match.watching(model, context.teacher))
+                pulls.append(lambda _batch: weight * distance())
+                learning += match.parameters
+            if peer is not None:
+                pulls.append(stack.enter_context(learning_together(model, peer, goal)))
+                learning += peer.parameters()
             return self.train(
-                [*parameters, *match.parameters],
-                lambda batch: asking.loss(model, batch),
-                rate,
-                epochs,
-                context,
-                pull=lambda: weight * distance(),
+                learning, lambda batch: asking.loss(model, batch), goal.learning_rate, epochs, context, pulls
             )
 
 
@@ -159,3 +182,10 @@ def _matching(settings: Settings) -> tuple[str, float]:
     if form == NONE and "match_weight" not in settings:
         return NONE, 0.0
     return str(form), number("distill", settings, "match_weight", "more than 0", lambda value: value > 0)
+
+
+def _has_peer(settings: Settings) -> bool:
+    asked = settings.get("peer", NONE)
+    if asked not in PEERS:
+        raise Infeasible(f"distill.peer is {asked}: expected one of {', '.join(PEERS)}")
+    return asked != NONE

@@ -82,7 +82,7 @@ class Goal:
         return cls(context.answers or context.teacher, context.loss, temperature, weight, rate, half)
 
     def loss(self, student: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """Without labels only the teacher counts."""
+        """Without labels only the teacher counts; raises `Infeasible` where that one does not either."""
         inputs, target = batch
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
             with torch.no_grad():
@@ -90,6 +90,8 @@ class Goal:
             output = student(*inputs).float()
         imitation = distillation_loss(output, wanted, self.temperature)
         if target is None or self.label_loss is None:
+            if self.weight == 0:
+                raise Infeasible("weight is 0, so that only labels count, and there are none: expected more than 0")
             return imitation
         return self.weight * imitation + (1 - self.weight) * self.label_loss(output, target)
 
@@ -126,9 +128,9 @@ class Recovery:
         peak: float,
         epochs: range,
         context: Context,
-        pull: Callable[[], Tensor] | None = None,
+        pulls: Sequence[Callable[[Batch], Tensor]] = (),
     ) -> float:
-        """The mean `loss` of the last of `epochs`; `pull` is minimised with it, after it was computed, but not told.
+        """The mean `loss` of the last of `epochs`; `pulls` are minimised with it, computed after it, and not told.
 
         Raises `Infeasible` as soon as the loss is not finite.
         """
@@ -139,7 +141,7 @@ class Recovery:
             losses.clear()
             for index, batch in enumerate(self._epoch(context)):
                 rate = peak * schedule((passed + (index + 1) / steps) / len(epochs), self.warmup)
-                losses.append(self._step(optimizer, batch, loss, pull, rate))
+                losses.append(self._step(optimizer, batch, loss, pulls, rate))
                 if not math.isfinite(losses[-1]):
                     raise Infeasible(f"{self.method} diverged: the loss is {losses[-1]} in epoch {epoch + 1}")
             context.progress(f"{self.method} epoch {epoch + 1} of {epochs.stop}, loss {mean(losses):.3f}")
@@ -167,14 +169,14 @@ class Recovery:
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         loss: Callable[[Batch], Tensor],
-        pull: Callable[[], Tensor] | None,
+        pulls: Sequence[Callable[[Batch], Tensor]],
         rate: float,
     ) -> float:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         told = loss(batch)
         optimizer.zero_grad()
-        (told if pull is None else told + pull()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        sum((pull(batch) for pull in pulls), start=told).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), self.clip_norm)
         optimizer.step()
         return told.item()

@@ -233,6 +233,27 @@ def test_labels_count_where_there_are_some() -> None:
     assert changed(half, whole)
 
 
+def test_labels_alone_recover_a_pruned_net(teacher: nn.Module) -> None:
+    """Plain fine-tuning: whatever the teacher says."""
+    cut = Step("prune", {"a.0": {"sparsity": 0.5}, "b.0": {"sparsity": 0.5}}, {"align": 4})
+    step = Step("distill", {}, GOOD | {"epochs": 8, "weight": 0.0})
+    students = []
+    for other in (teacher, build("plain", seed=5)):
+        student = copy.deepcopy(teacher)
+        Prune().apply(student, cut, patterns_context(teacher), 0)
+        assert accuracy(student) < 0.7
+        replace(METHOD, epoch_examples=256).apply(student, step, patterns_context(other), 0)
+        students.append(student)
+    assert accuracy(students[0]) > 0.9
+    assert not changed(*students)
+
+
+@pytest.mark.parametrize("blind", [lambda context: replace(context, loss=None), _unlabelled])
+def test_labels_alone_are_infeasible_where_there_are_none(blind: Callable[[Context], Context]) -> None:
+    with pytest.raises(Infeasible, match=r"^weight is 0, so that only labels count, and there are none"):
+        distill(build("plain"), blind(make_context(build("plain"))), weight=0.0)
+
+
 def test_divergence_is_infeasible_at_once() -> None:
     context = replace(make_context(build("plain")), loss=lambda output, _target: output.sum() * math.inf)
     model = build("plain")
