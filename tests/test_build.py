@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from optuna.trial import FixedTrial
 
 from compressors.errors import ConfigError
 from evaluators.measurement import Metric
@@ -51,6 +52,21 @@ def test_the_first_runtime_is_what_latency_is_a_ratio_to(store: Path) -> None:
     search = built(store, "runtime=[openvino]")
     assert search.reference.runtime == "openvino"
     assert RUNTIME_KNOB not in {name for answers in search.space.baselines() for name in answers}
+
+
+def test_labels_alone_can_be_asked_for(store: Path) -> None:
+    space = built(store, "compressor.distill.space.weight.choices=[0.0]").space
+    plans = [space.sample(FixedTrial(answers)) for answers in space.uniform(sparing=True)]
+    weights = {step.shared["weight"] for plan in plans for step in plan.steps if step.method == "distill"}
+    assert weights == {0.0}
+
+
+def test_what_prepares_comes_first_wherever_it_was_named(store: Path) -> None:
+    assert [m.name for m in built(store, "compressor=[prune,distill,slim]").space.methods] == [
+        "slim",
+        "prune",
+        "distill",
+    ]
 
 
 FINGERPRINTS = {
