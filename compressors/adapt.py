@@ -22,9 +22,9 @@ class Adapt(Recovery):
     Batch norms take their statistics anew on the way, which alone brings back much of what pruning lost (Li 2020, arXiv
     2007.02491); here all weights learn.
 
-    It does not help where the uncompressed model may be asked, whose answers say more and need no labels either
-    (distill.weight 1.0); nor once most answers are wrong, for it makes the model sure of those too; nor where classes
-    are not about equally frequent, or more of them than a batch has examples.
+    It is no gain over distillation, whose teacher needs no labels either (distill.weight 1.0), but for a model that may
+    not be asked. It does not help once most answers stay wrong with new statistics, for it makes the model sure of
+    those too; nor where classes are not about equally frequent, or more of them than a batch has examples.
     """
 
     method: ClassVar[str] = "adapt"
