@@ -92,7 +92,7 @@ OPTIONS = {
     "an unknown option of a group": ("model=resnet21", "use resnet18, resnet20, torchvision"),
     "an unknown member of a list": (
         "compressor=[quantise]",
-        "use cluster, depth, distill, lowrank, prune, qat, quantize, separable, sparsify",
+        "use adapt, cluster, depth, distill, heads, lowrank, prune, qat, quantize, separable, slim, smooth, sparsify",
     ),
     "an entry without a plus": ("bounds={sise:3}", "+bounds.NAME=VALUE"),
     "brackets left open": ("budget.trials=[1", "brackets closed"),
