@@ -68,6 +68,7 @@ def number(method: str, settings: Settings, key: str, expected: str, fits: Calla
 class Goal:
     """What the student is pulled towards, and how hard."""
 
+    method: str
     teacher: Callable[..., Tensor]
     label_loss: Callable[[Tensor, Tensor], Tensor] | None
     temperature: float
@@ -79,21 +80,27 @@ class Goal:
     def read(cls, method: str, settings: Settings, context: Context, half: bool) -> "Goal":
         """From `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`."""
         temperature, weight, rate = checked(method, settings)
-        return cls(context.answers or context.teacher, context.loss, temperature, weight, rate, half)
+        return cls(method, context.answers or context.teacher, context.loss, temperature, weight, rate, half)
 
     def loss(self, student: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """Without labels only the teacher counts; raises `Infeasible` where that one does not either."""
+        """Without labels only the teacher counts, who is not asked where only labels do; `Infeasible` without both."""
         inputs, target = batch
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
-            with torch.no_grad():
-                wanted = self.teacher(*inputs).float()
             output = student(*inputs).float()
-        imitation = distillation_loss(output, wanted, self.temperature)
         if target is None or self.label_loss is None:
             if self.weight == 0:
-                raise Infeasible("weight is 0, so that only labels count, and there are none: expected more than 0")
-            return imitation
-        return self.weight * imitation + (1 - self.weight) * self.label_loss(output, target)
+                problem = "weight is 0, so that only labels count, and there are none"
+                raise Infeasible(f"{self.method}.{problem}: expected more than 0")
+            return self._imitation(inputs, output)
+        labelled = self.label_loss(output, target)
+        if self.weight == 0:
+            return labelled
+        return self.weight * self._imitation(inputs, output) + (1 - self.weight) * labelled
+
+    def _imitation(self, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
+            wanted = self.teacher(*inputs).float()
+        return distillation_loss(output, wanted, self.temperature)
 
 
 @dataclass(frozen=True)

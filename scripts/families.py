@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from compressors.errors import ConfigError
 from evaluators.measurement import Measurement
 from search import build
 from search.conclude import TEST_FILE
@@ -84,8 +84,10 @@ def read(family: str, options: Sequence[str]) -> Found:
     study = tracker.study(str(config.study))
     records = tracker.records(study)
     uncompressed = next(r for r in records if not r.plan.steps and r.measured)
-    told: dict[str, Any] = json.loads(tracker.read_study_file(study, TEST_FILE) or "{}")
-    test = measurement_from(told["measured"]["champion"])
+    told = tracker.read_study_file(study, TEST_FILE)
+    if told is None:
+        raise ConfigError("study", f"{config.study} has not ended: it was stopped", "give the same command again")
+    test = measurement_from(json.loads(told)["measured"]["champion"])
     return Found(family, len(records), front_of(records, OBJECTIVES, ()), tracker.champion(study), uncompressed, test)
 
 

@@ -52,7 +52,8 @@ class Proposer:
         """The unseen plan with the largest expected gain of hypervolume per second; None when all were seen.
 
         `fixed` answers are kept, plans that are `taken` by other workers avoided. Where no plan fits into
-        `remaining_s`, the quickest ones compete. None counts trials instead of seconds: each grows as far as it can.
+        `remaining_s`, the quickest ones compete. None counts trials instead of seconds: what is new grows as far
+        as it can.
         """
         standing = self.standing(facts)
         likely, possible = Outlook(standing, None), Outlook(standing, rng)

@@ -38,8 +38,8 @@ TPE_STARTUP = 4
 class GuidedSampler(BaseSampler):
     """For the knobs of `guide`, proposes the unseen plan with the largest expected hypervolume gain per second.
 
-    Where a study's `REMAINING` says that trials are counted and not seconds, it is the largest gain of a trial, which
-    is trained as far as it can be.
+    Where a study's `REMAINING` says that trials are counted and not seconds, it is the largest gain of a trial, and
+    what was not trained before is trained as far as it can be.
 
     `roles` says what each objective is: `quality` (one of them) follows the predicted loss, `latency` and `size` are
     learnt from what trials measured; by default the first is the quality and the others latencies. `tolerance` is
@@ -148,7 +148,9 @@ class GuidedSampler(BaseSampler):
     def _surprises(self, study: Study, trial: FrozenTrial, reading: "_Reading") -> Study:
         """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""
         if trial.number not in reading.surprises:
-            surprises = reading.proposer.standing(reading.told(study)).surprises
+            standing = reading.proposer.standing(reading.told(study))
+            counted = study.user_attrs.get(REMAINING, math.inf) is None
+            surprises = standing.surprises if counted else standing.tolled
             trials = {t.number: t for t in _finished(study)}
             memory = optuna.create_study(sampler=self._tpe)
             memory.add_trials(

@@ -308,7 +308,9 @@ def _knobs(
     for label, members in _by_granularity(granularity, owners).items():
         by_kind: dict[str, list[str]] = {}
         for owner in members:
-            by_kind.setdefault(kinds[owner] if isinstance(entry.get("choices"), Mapping) else "", []).append(owner)
+            by_kind.setdefault(
+                _kind(path, owner, kinds) if isinstance(entry.get("choices"), Mapping) else "", []
+            ).append(owner)
         for kind, same in by_kind.items():
             name = f"{method}.{key}@{label}" + (f":{kind}" if len(by_kind) > 1 else "")
             yield Knob(name, method, key, tuple(same), **_values(path, entry, kind))
@@ -370,6 +372,14 @@ def block_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: i + 1])
     return ".".join(parts[:-1]) or name
+
+
+def _kind(path: str, owner: str, kinds: Mapping[str, str]) -> str:
+    if owner not in kinds:
+        raise ConfigError(
+            f"{path}.choices", f"are given by kind, and {owner} is no layer of one", "give one list for all"
+        )
+    return kinds[owner]
 
 
 def _check_kernels(method: Method, kinds: Mapping[str, str], runtimes: Mapping[str, Runtime]) -> None:

@@ -208,13 +208,19 @@ class Standing:
         """Trial -> logarithm of measured over expected loss; below 0 went better.
 
         Of those that trained, or of all where nothing does. Expected without the corrections of single knobs: they
-        would take the blame for how a trial was trained. What takes out of proportion long has to be better by as much.
+        would take the blame for how a trial was trained.
         """
         trained = [t for t in self.used if self.parsed[t].growth or not self.reader.levels]
         used = np.array(trained, dtype=np.intp)
         grown = correct(self.base[used], self.measured[used], np.ones(len(used)), self._used_levels(used)[:1])
         errors = self._errors(used, grown)
-        return {self.facts[t].number: float(e) + self._toll(t) for t, e in zip(used, errors, strict=True)}
+        return {self.facts[t].number: float(e) for t, e in zip(used, errors, strict=True)}
+
+    @cached_property
+    def tolled(self) -> dict[int, float]:
+        """The same where seconds count: what takes out of proportion long has to be better by as much."""
+        places = {fact.number: place for place, fact in enumerate(self.facts)}
+        return {number: value + self._toll(places[number]) for number, value in self.surprises.items()}
 
     def _toll(self, trial: int) -> float:
         """Logarithm of the times it took as long as was to be expected, from `PROPORTION` on."""

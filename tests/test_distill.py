@@ -250,7 +250,7 @@ def test_labels_alone_recover_a_pruned_net(teacher: nn.Module) -> None:
 
 @pytest.mark.parametrize("blind", [lambda context: replace(context, loss=None), _unlabelled])
 def test_labels_alone_are_infeasible_where_there_are_none(blind: Callable[[Context], Context]) -> None:
-    with pytest.raises(Infeasible, match=r"^weight is 0, so that only labels count, and there are none"):
+    with pytest.raises(Infeasible, match=r"^distill.weight is 0, so that only labels count, and there are none"):
         distill(build("plain"), blind(make_context(build("plain"))), weight=0.0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from compressors.fisher import Effect
 from compressors.plan import LayerSpec, Scalar
@@ -249,10 +250,13 @@ def test_the_best_of_the_front_grow_for_a_share_of_the_time() -> None:
 
 def test_what_takes_out_of_proportion_long_has_to_be_better_by_as_much() -> None:
     proposer, facts = Proposer(make_guide(), AIM), studied(24)
-    usual = proposer.standing(facts).surprises
+    usual = proposer.standing(facts).tolled
     slow = list(usual)[::5]
     slower = [replace(f, seconds=30 * f.seconds) if f.number in slow else f for f in facts]
-    found = proposer.standing(slower).surprises
+    found = proposer.standing(slower).tolled
+    assert proposer.standing(slower).surprises == pytest.approx(proposer.standing(facts).surprises), (
+        "where trials count"
+    )
     risen = {number: value - usual[number] for number, value in found.items()}
     assert len(slow) >= 2
     assert all(risen[number] > math.log(5) for number in slow)

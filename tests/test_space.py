@@ -407,6 +407,13 @@ def test_a_method_with_nothing_to_do_in_this_network_is_left_out() -> None:
         build_space(entries, nothing, {"depth": {}}, LAYERS, {})
 
 
+def test_what_is_no_layer_has_no_choices_by_kind() -> None:
+    fake: dict[str, Any] = {"smooth": Fake("smooth", Stage.RECOVER, ("migration", 0.0))}
+    entries = {"smooth": {"migration": {"choices": {"linear": [0.0, 0.5]}, "granularity": "layer"}}}
+    with pytest.raises(ConfigError, match="given by kind, and norm is no layer of one"):
+        build_space(entries, fake, {"smooth": {"norm": ("norm",)}}, LAYERS, {})
+
+
 def test_where_a_key_can_be_left_out_that_is_what_is_taken_when_nothing_is_known() -> None:
     assert Knob("distill.assistant", "distill", "assistant", choices=("none", "half")).middle() == "none"
 
