@@ -11,7 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from compressors.layers import KINDS, read_layers
+from compressors.layers import KINDS, first_output, read_layers
 
 Remove = Callable[[nn.Module, list[int]], nn.Module]
 LINEAR_OUTPUTS: Remove = tp.prune_linear_out_channels
@@ -157,17 +157,12 @@ def harmless(cuts: Sequence[Cut], model: nn.Module, example: tuple[Tensor, ...])
     remove_channels(cut, cuts)
     try:
         with torch.no_grad():
-            expected, output = _first(unread(*example)), _first(cut(*example))
+            expected, output = first_output(unread(*example)), first_output(cut(*example))
     except (RuntimeError, ValueError, AssertionError, IndexError):
         return False
     # Fewer channels are summed in another order: equal to rounding only.
     tolerance = 1e-3 * float(expected.abs().max())
     return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-3, atol=tolerance)
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Removes whole heads from attention blocks; it neither chooses how many nor recovers what they knew."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
 from compressors.replace import one_thread
+from compressors.sparsity import asked_sparsity, halved
 
 CRITERIA = ("fisher", "taylor", "l2", "l1", "random")
 ON_DATA = ("fisher", "taylor")
@@ -52,7 +53,7 @@ class Heads:
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`sparsity` per block is the share of heads to remove, `criterion` one of `CRITERIA`, or else the first."""
         criterion = _criterion(step.shared)
-        shares = {owner: _sparsity(owner, settings) for owner, settings in step.per_layer.items()}
+        shares = {owner: asked_sparsity("heads", owner, settings) for owner, settings in step.per_layer.items()}
         blocks = _named(attention_blocks(model, context.example), shares)
         asked = {owner: block for owner, block in blocks.items() if shares[owner] > 0}
         scores = _judged(model, asked, criterion, context, seed)
@@ -64,8 +65,7 @@ class Heads:
 
     def half(self, step: Step) -> Step | None:
         """Half the sparsity of every block."""
-        halves = {owner: {**s, "sparsity": _sparsity(owner, s) / 2} for owner, s in step.per_layer.items()}
-        return replace(step, per_layer=halves) if any(s["sparsity"] for s in halves.values()) else None
+        return halved(step)
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
@@ -83,13 +83,6 @@ def _criterion(shared: Settings) -> str:
     if criterion not in CRITERIA:
         raise Infeasible(f"heads.criterion is {criterion}: expected one of {', '.join(CRITERIA)}")
     return str(criterion)
-
-
-def _sparsity(owner: str, settings: Settings) -> float:
-    sparsity = settings["sparsity"]
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise Infeasible(f"heads.sparsity of {owner} is {sparsity}: expected a share from 0 up to but not including 1")
-    return float(sparsity)
 
 
 def _named(blocks: Mapping[str, Block], owners: Iterable[str]) -> dict[str, Block]:
@@ -163,7 +156,7 @@ def _check(cuts: Sequence[Cut], model: nn.Module, example: tuple[Tensor, ...]) -
 def _effect(model: nn.Module, block: Block, settings: Settings, fisher: Fisher) -> Effect:
     group = block.group
     scores = _scores(model, block, _criterion(settings), fisher, seed=0)
-    gone = sorted(_weakest(scores, _sparsity(group.owner, settings)))
+    gone = sorted(_weakest(scores, asked_sparsity("heads", group.owner, settings)))
     left = 1 - len(gone) / group.width
     loss = float(_removals(block, fisher)[gone].sum())
     return Effect(loss, outputs=dict.fromkeys(group.members, left), inputs={block.reader: left})

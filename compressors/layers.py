@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,3 +112,9 @@ def _specs(model: nn.Module, macs: dict[str, int], batch: int) -> Iterator[Layer
             macs=count // batch,
             tied_to=None if owner == name else owner,
         )
+
+
+def first_output(output: Any) -> Tensor:
+    """What a model answers, or the first of several things that it does."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
 from compressors.replace import one_thread
+from compressors.sparsity import asked_sparsity, halved
 
 CRITERIA = ("l2", "l1", "bn_scale", "taylor", "fisher", "random")
 ON_DATA = ("taylor", "fisher")
@@ -59,7 +60,7 @@ class Prune:
         `criterion` is one of `CRITERIA`, `allocation` one of `ALLOCATIONS`; without them, the first.
         """
         ask = _Ask.read(step.shared)
-        shares = {owner: _sparsity(owner, settings) for owner, settings in step.per_layer.items()}
+        shares = {owner: asked_sparsity("prune", owner, settings) for owner, settings in step.per_layer.items()}
         groups = _named(trace(model, context.example), shares)
         asked = {owner: share for owner, share in shares.items() if share > 0}
         scores = deciding = _judged(model, {owner: groups[owner] for owner in asked}, ask, context, seed)
@@ -75,8 +76,7 @@ class Prune:
 
     def half(self, step: Step) -> Step | None:
         """Half the sparsity of every group."""
-        halves = {owner: {**s, "sparsity": _sparsity(owner, s) / 2} for owner, s in step.per_layer.items()}
-        return replace(step, per_layer=halves) if any(s["sparsity"] for s in halves.values()) else None
+        return halved(step)
 
     def effects(
         self, model: nn.Module, example: tuple[Tensor, ...], questions: Sequence[Question], fisher: Fisher
@@ -143,13 +143,6 @@ _Key = tuple[tuple[str, Scalar], ...]
 
 def _key(settings: Settings) -> _Key:
     return tuple(sorted(settings.items()))
-
-
-def _sparsity(owner: str, settings: Settings) -> float:
-    sparsity = settings["sparsity"]
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise Infeasible(f"prune.sparsity of {owner} is {sparsity}: expected a share from 0 up to but not including 1")
-    return float(sparsity)
 
 
 def _named(groups: Iterable[Group], owners: Iterable[str]) -> dict[str, Group]:
@@ -223,7 +216,7 @@ def _check(cuts: Sequence[Cut], model: nn.Module, example: tuple[Tensor, ...]) -
 
 def _effects(model: nn.Module, groups: Mapping[str, Group], settings: Settings, fisher: Fisher) -> dict[str, Effect]:
     """What comes of it when all these groups have the same settings."""
-    ask, shares = _Ask.read(settings), {owner: _sparsity(owner, settings) for owner in groups}
+    ask, shares = _Ask.read(settings), {owner: asked_sparsity("prune", owner, settings) for owner in groups}
     if not any(shares.values()):
         return {owner: _effect(group, frozenset(), fisher) for owner, group in groups.items()}
     scores: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.layers import hooked, read_layers, weight_path
+from compressors.layers import first_output, hooked, read_layers, weight_path
 from compressors.replace import stands_for
 
 REACH = 10
@@ -98,7 +98,7 @@ def _seen(model: nn.Module, readers: Sequence[str], example: tuple[Tensor, ...])
     inputs: dict[str, list[Tensor]] = {name: [] for name in readers}
     # A copy, because what comes next may work in place.
     with _listening(model, readers, lambda name, given: inputs[name].append(given.clone())):
-        output = _first(model(*example))
+        output = first_output(model(*example))
     return _Seen(inputs, output)
 
 
@@ -119,7 +119,7 @@ def _takers(model: nn.Module, feeder: str, seen: _Seen, example: tuple[Tensor, .
         return undone if reads else None
 
     with _divided(model.get_submodule(feeder), factors), _listening(model, calls, look):
-        output = _first(model(*example))
+        output = first_output(model(*example))
     clear = all(len(answers) < 2 for answers in told.values()) and _alike(output, seen.output)
     return tuple(name for name, answers in told.items() if answers == {True}) if clear else ()
 
@@ -173,8 +173,3 @@ def _divide(module: nn.Module, factors: Tensor) -> None:
 def _alike(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-6 * float(other.abs().max()) if other.numel() else 0.0
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=tolerance)
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first

@@ -15,6 +15,7 @@ from compressors.layers import inside, read_layers
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
 from compressors.replace import one_thread
+from compressors.sparsity import asked_sparsity
 
 KINDS = ("conv", "linear")
 CRITERIA = ("magnitude", "fisher", "movement")
@@ -61,7 +62,7 @@ class Sparsify:
             fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if needs_data else None
             achieved: dict[str, Settings] = {}
             for owner, settings in step.per_layer.items():
-                sparsity = _sparsity(owner, settings)
+                sparsity = asked_sparsity("sparsify", owner, settings)
                 names = _inside(layers, owner)
                 zeros = sum(_hold(model, name, _tied(layers, name), sparsity, ask, fisher) for name in names)
                 achieved[owner] = {"sparsity": zeros / sum(math.prod(layers[name].weight_shape) for name in names)}
@@ -166,15 +167,6 @@ class _Ask:
         return cls(group, str(criterion), ramp)
 
 
-def _sparsity(owner: str, settings: Settings) -> float:
-    sparsity = settings["sparsity"]
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise Infeasible(
-            f"sparsify.sparsity of {owner} is {sparsity}: expected a share from 0 up to but not including 1"
-        )
-    return float(sparsity)
-
-
 def _layers(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, LayerSpec]:
     return {layer.name: layer for layer in read_layers(model, example) if layer.kind in KINDS}
 
@@ -216,7 +208,7 @@ def _scores(model: nn.Module, name: str, criterion: str, fisher: Fisher | None) 
 
 
 def _effect(model: nn.Module, owner: str, settings: Settings, fisher: Fisher) -> Effect:
-    ask, sparsity = _Ask.read(settings), _sparsity(owner, settings)
+    ask, sparsity = _Ask.read(settings), asked_sparsity("sparsify", owner, settings)
     if sparsity == 0:
         return Effect(0.0)
     try:
