@@ -27,9 +27,9 @@ class Heads:
     A block is a module with linear layers for queries, keys and values, read by the linear layer that is called next,
     which tells the number of its heads or their width in one of the usual attributes. A key/value head takes the query
     heads that share it along, and is counted as one head. A block is offered only after a trial, as in structured
-    pruning, and the last head of a block stays. `nn.MultiheadAttention` and other blocks with one layer for queries,
-    keys and values stay whole, and so do those with one key/value head for all queries, with heads that other blocks
-    reckon with (the position bias of T5) or with a number of heads that is written into the code.
+    pruning, and the last head of a block stays. Blocks with one layer for queries, keys and values stay whole, and so
+    do those with one key/value head for all queries, with heads that other blocks reckon with (the position bias of T5)
+    or with a number of heads that is written into the code.
 
     It does not help where attention is a small part of the work: in short sequences most of it is in the feed-forward
     layers, whose neurons structured pruning removes. With few heads in a block each is a large step.

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -22,6 +23,7 @@ from compressors.errors import ConfigError
 from compressors.layers import read_layers
 from compressors.pipeline import Compressor
 from compressors.plan import Scalar, digest
+from compressors.unpacked import unpacked
 from evaluators.evaluation import Evaluator
 from evaluators.machine import machine, memory_bytes, versions
 from evaluators.measurement import Metric
@@ -130,6 +132,7 @@ def build(
 
     workload = workload or build_workload(config, cache, watch)
     check_model(workload.model, workload.example, len(workload.splits.classes) or None)
+    workload = replace(workload, model=unpacked(workload.model, workload.example))
     layers = read_layers(workload.model, workload.example)
     groups = {name: c.groups(workload.model, workload.example) for name, c in compressors.items()}
     space = build_space(spaces, compressors, groups, layers, runtimes, config.seed)

@@ -18,6 +18,7 @@ from search.space import RUNTIME_KNOB
 from search.study import Search
 from search.workload import Workload, classification
 from tests.studies import splits
+from tests.test_unpacked import Encoder
 from tests.zoo import build as net
 
 
@@ -96,6 +97,18 @@ def test_another_network_is_another_study(store: Path) -> None:
     before, after = built(store).fingerprint, built(store, name="plain").fingerprint
     assert {k for k in before if before[k] != after[k]} == {"model", "network", "answers", "space"}
     assert {"model", "data.train", "data.test", "cpu", "python", "onnxruntime"} <= set(before)
+
+
+def test_packed_attention_is_searched_as_linear_layers(store: Path) -> None:
+    model = Encoder().eval()
+    workload = Workload("encoder-noise", model, splits(), classification())
+    words = [f"folder={store}", f"cache={store}/cache", "compressor=[heads,quantize]", "sampler=random"]
+    one, again = (build.build(build.compose(words), lambda _progress: None, workload) for _ in range(2))
+    attention = "encoder.layers.0.self_attn"
+    assert {f"{attention}.{x}_proj" for x in ("q", "k", "v", "out")} <= {layer.name for layer in one.layers}
+    asked = {name for answers in one.space.uniform() for name in answers}
+    assert any(name.startswith("heads.sparsity@encoder.layers.0.self_attn") for name in asked)
+    assert one.fingerprint == again.fingerprint
 
 
 def test_only_what_is_alike_shares_a_cache(store: Path) -> None:
