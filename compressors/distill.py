@@ -145,6 +145,7 @@ class Distill(Recovery):
     ) -> float:
         """The mean loss of the last epoch, without what is matched or a peer's, so that plans can be compared by it."""
         learning, asking, pulls = [*model.parameters()], goal, list[Callable[[Batch], Tensor]]()
+        others = [] if peer is None else [*peer.parameters()]
         with ExitStack() as stack:
             if match is not None:
                 # What was remembered of the teacher are its answers, not how it came to them.
@@ -154,9 +155,8 @@ class Distill(Recovery):
                 learning += match.parameters
             if peer is not None:
                 pulls.append(stack.enter_context(learning_together(model, peer, goal)))
-                learning += peer.parameters()
             return self.train(
-                learning, lambda batch: asking.loss(model, batch), goal.learning_rate, epochs, context, pulls
+                learning, lambda batch: asking.loss(model, batch), goal.learning_rate, epochs, context, pulls, others
             )
 
 

@@ -136,19 +136,21 @@ class Recovery:
         epochs: range,
         context: Context,
         pulls: Sequence[Callable[[Batch], Tensor]] = (),
+        others: Sequence[nn.Parameter] = (),
     ) -> float:
         """The mean `loss` of the last of `epochs`; `pulls` are minimised with it, computed after it, and not told.
 
+        The parameters of `others` learn too; their gradient is clipped apart, so that it does not shorten the model's.
         Raises `Infeasible` as soon as the loss is not finite.
         """
-        optimizer = torch.optim.AdamW(_groups(parameters), weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(_groups([*parameters, *others]), weight_decay=self.weight_decay)
         steps = self._steps(context)
         losses: list[float] = []
         for passed, epoch in enumerate(epochs):
             losses.clear()
             for index, batch in enumerate(self._epoch(context)):
                 rate = peak * schedule((passed + (index + 1) / steps) / len(epochs), self.warmup)
-                losses.append(self._step(optimizer, batch, loss, pulls, rate))
+                losses.append(self._step(optimizer, (parameters, others), batch, loss, pulls, rate))
                 if not math.isfinite(losses[-1]):
                     raise Infeasible(f"{self.method} diverged: the loss is {losses[-1]} in epoch {epoch + 1}")
             context.progress(f"{self.method} epoch {epoch + 1} of {epochs.stop}, loss {mean(losses):.3f}")
@@ -174,6 +176,7 @@ class Recovery:
     def _step(
         self,
         optimizer: torch.optim.Optimizer,
+        clipped: Sequence[Sequence[nn.Parameter]],
         batch: Batch,
         loss: Callable[[Batch], Tensor],
         pulls: Sequence[Callable[[Batch], Tensor]],
@@ -184,7 +187,8 @@ class Recovery:
         told = loss(batch)
         optimizer.zero_grad()
         sum((pull(batch) for pull in pulls), start=told).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), self.clip_norm)
+        for together in clipped:
+            nn.utils.clip_grad_norm_(together, self.clip_norm)
         optimizer.step()
         return told.item()
 

@@ -138,9 +138,13 @@ def _weight(model: nn.Module, name: str, place: Place) -> Tensor:
 
 
 def _is_on_grid(weight: Tensor) -> bool:
-    """Whether all rows are whole numbers of steps, of which the largest weight has 127."""
+    """Whether all weights are whole numbers of steps, of which the largest of a row has 127.
+
+    Those that are by any step, zeros and the largest themselves, say nothing.
+    """
     steps = GRID * weight / weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    return bool((steps - steps.round()).abs().max() < 1e-3)
+    between = steps[(steps != 0) & (steps.abs() < GRID - 0.5)]
+    return len(between) > 0 and bool((between - between.round()).abs().max() < 1e-3)
 
 
 def _form(shared: Settings) -> str:

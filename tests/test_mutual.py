@@ -124,6 +124,21 @@ def test_a_peer_leaves_no_trace_but_the_weights() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_peer_that_is_far_off_does_not_shorten_the_students_steps() -> None:
+    ours, theirs = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+    METHOD.train(
+        [ours],
+        lambda _batch: 0.1 * ours.sum(),
+        peak=0.01,
+        epochs=range(1),
+        context=make_context(build("plain")),
+        pulls=[lambda _batch: 1000 * theirs.sum()],
+        others=[theirs],
+    )
+    torch.testing.assert_close(ours.grad, torch.full((4,), 0.1))
+    torch.testing.assert_close(theirs.grad, torch.full((4,), 0.5))
+
+
 def test_two_students_take_twice_the_training() -> None:
     calls: list[int] = []
 

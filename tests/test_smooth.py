@@ -215,6 +215,13 @@ def test_behind_qat_it_is_refused(form: str) -> None:
         run(model, QAT, smooth(model, form=form), quantize(model, 8))
 
 
+def test_a_row_of_one_weight_lies_on_every_grid_and_is_scaled_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images()[0].numel(), 1), nn.Linear(1, 4)).eval()
+    told = run(model, smooth(model)).achieved["smooth"]
+    assert [settings["migration"] for settings in told.values()] == [0.5]
+
+
 @pytest.mark.parametrize(("field", "value"), [("bits", 1), ("group_size", 0)])
 def test_a_grid_that_there_is_not_is_refused(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"compressor.smooth.{field}"):
