@@ -5,12 +5,10 @@ may record at once.
 """
 
 import fcntl
-import inspect
 import json
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Param, RunTag
+from mlflow.entities import Metric as LoggedMetric
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError
@@ -28,22 +30,11 @@ from compressors.plan import CompressionPlan, Scalar
 from evaluators.runtime import Runtime, TensorSpec
 from search import address
 from search.liveness import this_process
+from search.pyfunc import save_pyfunc
 from search.records import record_from_json, record_to_json, refuse_another
 from search.remote import Away, Remote, impatient, reason
 from search.select import shown
 from search.trial import TrialRecord
-
-with warnings.catch_warnings():
-    # mlflow.pyfunc warns, as it is imported, about the type hints of its own classes.
-    warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)
-    import mlflow.pyfunc
-    from mlflow import MlflowClient
-    from mlflow.entities import LoggedModelOutput, Param, RunTag
-    from mlflow.entities import Metric as LoggedMetric
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema
-    from mlflow.types import TensorSpec as SignatureSpec
 
 SQLITE = "sqlite:///"
 CONFIG_FILE = "config.yaml"
@@ -428,29 +419,6 @@ class Tracker:
         return str(version.version)
 
 
-def save_pyfunc(
-    path: Path, files: Path, runtime: Runtime, precision: str, inputs: Sequence[TensorSpec], model: Any = None
-) -> None:
-    """Write an MLflow model of deployed files that needs neither pickle nor this repository's code to load.
-
-    One input is given to `predict` as an array, several as a dict of arrays.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "deployed.py")
-        script.write_text(_script(runtime, precision, [spec.name for spec in inputs]))
-        with warnings.catch_warnings():
-            # An example would be stored with every version, and add nothing to the signature given here.
-            warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
-            mlflow.pyfunc.save_model(
-                path,
-                python_model=str(script),
-                artifacts={"model": str(files)},
-                signature=ModelSignature(inputs=_schema(inputs)),
-                pip_requirements=[f"mlflow=={mlflow.__version__}", *runtime.requirements()],
-                mlflow_model=model,
-            )
-
-
 def plan_params(plan: CompressionPlan) -> dict[str, Scalar]:
     """The plan as flat names `method.key` and `method.key/layer`: MLflow refuses an `@` in a name."""
     params: dict[str, Scalar] = {"runtime": plan.target.runtime, "precision": plan.target.precision, "seed": plan.seed}
@@ -459,43 +427,6 @@ def plan_params(plan: CompressionPlan) -> dict[str, Scalar]:
         for layer, settings in step.per_layer.items():
             params |= {f"{step.method}.{key}/{layer}": value for key, value in settings.items()}
     return params
-
-
-SCRIPT = '''"""Written by compareto: loads the deployed files beside it."""
-
-from __future__ import annotations
-
-import mlflow
-import mlflow.pyfunc
-import numpy
-
-{loader}
-
-class Deployed(mlflow.pyfunc.PythonModel):
-    def load_context(self, context):
-        self.session = {name}(context.artifacts["model"], {precision!r}, None, 0)
-
-    # The hint keeps MLflow from warning that there is none; several inputs come as a dict of arrays.
-    def predict(self, context, model_input: numpy.ndarray, params=None):
-        if isinstance(model_input, dict):
-            return self.session(*(model_input[name] for name in {inputs!r}))
-        return self.session(model_input)
-
-
-mlflow.models.set_model(Deployed())
-'''
-
-
-def _script(runtime: Runtime, precision: str, inputs: list[str]) -> str:
-    loader = runtime.loader()
-    return SCRIPT.format(loader=inspect.getsource(loader), name=loader.__name__, precision=precision, inputs=inputs)
-
-
-def _schema(inputs: Sequence[TensorSpec]) -> Any:
-    """Batch size -1; a single input stays unnamed, or MLflow would refuse a plain array."""
-    return Schema(
-        [SignatureSpec(np.dtype(s.dtype), (-1, *s.shape[1:]), s.name if len(inputs) > 1 else None) for s in inputs]
-    )
 
 
 def _numbers(record: TrialRecord) -> dict[str, float]:

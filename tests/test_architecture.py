@@ -18,7 +18,7 @@ HOMES = {
         f"search/{name}.py"
         for name in ("space", "study", "loop", "answers", "sampler", "storage", "status", "succession")
     },
-    "mlflow": {"search/remote.py", "search/tracking.py"},
+    "mlflow": {"search/pyfunc.py", "search/remote.py", "search/tracking.py"},
     "onnxruntime": {"evaluators/onnxruntime.py", "evaluators/onnxruntime_int8.py"},
     "openvino": {f"evaluators/{name}.py" for name in ("openvino", "openvino_int8", "packed_openvino")},
     "nncf": {"evaluators/openvino_int8.py"},

@@ -16,8 +16,9 @@ from compressors.pipeline import Artifact, Context
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Array, Deployed, Loader, Session, Support, TensorSpec
+from search.pyfunc import save_pyfunc
 from search.records import record_from_json, record_to_json
-from search.tracking import StudyRun, Tracker, plan_params, save_pyfunc
+from search.tracking import StudyRun, Tracker, plan_params
 from search.trial import Stop, TrialRecord
 
 
