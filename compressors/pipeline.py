@@ -21,6 +21,9 @@ Batch = tuple[tuple[Tensor, ...], Tensor | None]
 CALIBRATIONS = ("minmax", "percentile", "entropy", "mse")
 """How the range of an activation follows from the values that calibration showed."""
 
+KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
+"""What runtimes have kernels for, by kind and bits; at other widths weights are only stored, and nothing is faster."""
+
 Achieved = Mapping[str, Settings]
 """What one method really did, per layer; a method without layers reports under the empty name."""
 

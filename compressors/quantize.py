@@ -12,16 +12,13 @@ from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question
 from compressors.inputs import layer_inputs
 from compressors.layers import read_layers
-from compressors.pipeline import CALIBRATIONS, Applied, Context, LayerNumbers, Stage
+from compressors.pipeline import CALIBRATIONS, KERNELS, Applied, Context, LayerNumbers, Stage
 from compressors.plan import LayerSpec, Scalar, Settings, Step
 from compressors.replace import one_thread, owners, worst
 from compressors.rounding import closest_scales, dequantize, descended, gptq, nearest, output_error, widest_scales
 
 BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embedding"), (2, 3, 4, 6, 8, 32))
 """What can be asked of each kind of layer."""
-
-COMPUTED = {("conv", 8), ("linear", 4), ("linear", 8)}
-"""What runtimes have kernels for. At other widths weights are only stored: the file shrinks, and nothing is faster."""
 
 ROUNDINGS = ("nearest", "mse", "gptq", "descent")
 
@@ -110,7 +107,7 @@ class _Weight:
     @property
     def stored(self) -> bool:
         """Whether its layers only store it: all do as soon as one of them does."""
-        return self.bits != 32 and any((kind, self.bits) not in COMPUTED for kind in self.kinds)
+        return self.bits != 32 and any((kind, self.bits) not in KERNELS for kind in self.kinds)
 
     @property
     def rounds_inputs(self) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from compressors.errors import Infeasible, at_least
-from compressors.pipeline import Artifact, Context, LayerNumbers
+from compressors.pipeline import KERNELS, Artifact, Context, LayerNumbers
 from evaluators.export import (
     Recipe,
     calibration_arrays,
@@ -32,7 +32,6 @@ from evaluators.packed import WIDTHS
 from evaluators.packed_onnx import with_packed
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
-KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 MICROSOFT = "com.microsoft"
 

@@ -15,14 +15,13 @@ from openvino import opset13
 from openvino.passes import ConstantFolding, Manager
 
 from compressors.errors import Infeasible, at_least
-from compressors.pipeline import Artifact, Context, LayerNumbers
+from compressors.pipeline import KERNELS, Artifact, Context, LayerNumbers
 from evaluators.export import Recipe, calibration_arrays, check_parity, export, input_specs, load_graph, once, wanted
 from evaluators.openvino_int8 import add_to_output, place_int8, quantize
 from evaluators.packed import WIDTHS, Packed
 from evaluators.packed_openvino import reshaped, unpacked
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
-KERNELS = {("conv", 8), ("linear", 4), ("linear", 8)}
 HINT = {"fp32": "f32", "bf16": "bf16"}
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 

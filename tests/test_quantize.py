@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from compressors.errors import Infeasible
 from compressors.fisher import Fisher, diagonal_fisher
 from compressors.layers import read_layers
-from compressors.pipeline import Applied, LayerNumbers
+from compressors.pipeline import KERNELS, Applied, LayerNumbers
 from compressors.plan import Scalar, Settings, Step
-from compressors.quantize import BITS, COMPUTED, ROUNDINGS, Quantize
+from compressors.quantize import BITS, ROUNDINGS, Quantize
 from compressors.replace import put
 from compressors.rounding import closest_scales, dequantize, nearest, widest_scales
 from evaluators.onnxruntime import OnnxRuntime
@@ -333,4 +333,4 @@ def test_what_is_computed_and_not_only_stored_is_what_runtimes_have_kernels_for(
         for bits in BITS[kind]
         if runtime.support(kind, bits) is Support.KERNEL and bits < 32
     }
-    assert kernels == COMPUTED
+    assert kernels == KERNELS
