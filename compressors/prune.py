@@ -1,15 +1,13 @@
 """Removes whole channels from tied groups of layers; it neither chooses how many nor recovers what they knew."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from compressors.channels import Cut, Group, harmless, removable, remove_channels, trace
+from compressors.channels import MAGNITUDES, Cut, Group, harmless, removable, remove_channels, trace
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
@@ -35,7 +33,8 @@ class Prune:
 
     Which channels go first, `criterion` says: those whose weights, over all layers of the group, have the smallest L2
     norm (`l2`) or L1 norm (`l1`); whose batch norms scale them least (`bn_scale`, network slimming, Liu 2017, arXiv
-    1708.06519, whose penalty in training is a method of its own); whose removal changes the loss least, to first order
+    1708.06519, whose penalty in training is a method of its own; groups that no batch norm follows go by `l2` instead,
+    which is then told with what they achieved); whose removal changes the loss least, to first order
     (`taylor`, Molchanov 2019, arXiv 1906.10771) or by the Fisher information (`fisher`, Theis 2018, arXiv 1801.05787),
     both on 32 calibration examples; or any (`random`), which shows what a criterion is worth. Without labels `taylor`
     is its own expectation over the model's answers, which is `fisher`. These two do not help a network that is sure of
@@ -68,11 +67,17 @@ class Prune:
             # By the model before any cut: training between two cuts must not change the shape that a plan stands for.
             whole = _named(trace(context.whole, context.example), asked)
             deciding = _judged(context.whole, whole, ask, context, seed)
-        kept = {owner: group.width for owner, group in groups.items()} | _kept(ask, asked, deciding)
+        used = {owner: _criterion(groups[owner], ask) for owner in asked}
+        kept = {owner: group.width for owner, group in groups.items()} | _kept(ask, asked, deciding, used)
         cuts = [(groups[owner], _weakest(scores[owner], kept[owner])) for owner in asked]
         _check([cut for cut in cuts if cut[1]], model, context.example)
         remove_channels(model, cuts)
-        return Applied({o: {"sparsity": 1 - n / groups[o].width, "channels": n} for o, n in kept.items()})
+        achieved: dict[str, Settings] = {}
+        for owner, channels in kept.items():
+            other = used.get(owner, ask.criterion)
+            told: Settings = {} if other == ask.criterion else {"criterion": other}
+            achieved[owner] = {"sparsity": 1 - channels / groups[owner].width, "channels": channels, **told}
+        return Applied(achieved)
 
     def half(self, step: Step) -> Step | None:
         """Half the sparsity of every group."""
@@ -157,7 +162,13 @@ def _judged(model: nn.Module, groups: Mapping[str, Group], ask: _Ask, context: C
     """The scores of each group's channels."""
     with one_thread():
         fisher = diagonal_fisher(model, context.calibration(), loss=context.loss) if ask.criterion in ON_DATA else None
-        return {owner: _scores(model, group, ask.criterion, fisher, seed) for owner, group in groups.items()}
+        return {o: _scores(model, group, _criterion(group, ask), fisher, seed) for o, group in groups.items()}
+
+
+def _criterion(group: Group, ask: _Ask) -> str:
+    """By what a group is judged: `l2` where batch norms have no say."""
+    known = ask.criterion not in MAGNITUDES or ask.criterion in group.magnitudes
+    return ask.criterion if known else "l2"
 
 
 def _scores(model: nn.Module, group: Group, criterion: str, fisher: Fisher | None, seed: int) -> Tensor:
@@ -168,8 +179,6 @@ def _scores(model: nn.Module, group: Group, criterion: str, fisher: Fisher | Non
         parts = _factors(group, fisher, range(group.width))
         first_order = criterion == "taylor" and fisher.slopes
         return _first_order(model, fisher, parts) if first_order else fisher.removals(parts)
-    if criterion not in group.magnitudes:
-        raise Infeasible(f"prune.criterion is {criterion}: expected another one, {group.owner} has no batch norm")
     return group.magnitudes[criterion]
 
 
@@ -194,10 +203,13 @@ def _first_order(model: nn.Module, fisher: Fisher, parts: Sequence[tuple[str, Se
     return pulls.square()
 
 
-def _kept(ask: _Ask, shares: Mapping[str, float], scores: Mapping[str, Tensor]) -> dict[str, int]:
+def _kept(
+    ask: _Ask, shares: Mapping[str, float], scores: Mapping[str, Tensor], used: Mapping[str, str]
+) -> dict[str, int]:
     if ask.allocation == "global" and shares:
         tiny = torch.finfo(torch.float32).tiny
-        relative = {o: s if ask.criterion in ON_ONE_SCALE else s / s.mean().clamp_min(tiny) for o, s in scores.items()}
+        comparable = set(used.values()) <= set(ON_ONE_SCALE)
+        relative = scores if comparable else {o: s / s.mean().clamp_min(tiny) for o, s in scores.items()}
         shares = weakest_of_all(relative, shares)
     return {owner: kept_channels(len(scores[owner]), share, ask.align) for owner, share in shares.items()}
 
@@ -219,14 +231,10 @@ def _effects(model: nn.Module, groups: Mapping[str, Group], settings: Settings, 
     ask, shares = _Ask.read(settings), {owner: asked_sparsity("prune", owner, settings) for owner in groups}
     if not any(shares.values()):
         return {owner: _effect(group, frozenset(), fisher) for owner, group in groups.items()}
-    scores: dict[str, Tensor] = {}
-    for owner, group in groups.items():
-        # A criterion need not have a say on every group.
-        with suppress(Infeasible):
-            scores[owner] = _scores(model, group, ask.criterion, fisher, 0)
-    kept = _kept(ask, {owner: shares[owner] for owner in scores}, scores)
-    going = {owner: _weakest(judged, kept[owner]) for owner, judged in scores.items()}
-    return {o: _effect(group, going[o], fisher) if o in going else Effect(math.inf) for o, group in groups.items()}
+    used = {owner: _criterion(group, ask) for owner, group in groups.items()}
+    scores = {owner: _scores(model, group, used[owner], fisher, 0) for owner, group in groups.items()}
+    kept = _kept(ask, shares, scores, used)
+    return {o: _effect(group, _weakest(scores[o], kept[o]), fisher) for o, group in groups.items()}
 
 
 def _effect(group: Group, removed: frozenset[int], fisher: Fisher) -> Effect:
