@@ -217,6 +217,9 @@ class PrefixStore(Protocol):
     def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None:
         """Keep the weights of `model` and what each recovery method achieved."""
 
+    def keep(self, prefix: str) -> None:
+        """Let go of nothing that is stored under this prefix while the store is open."""
+
     def load_numbers(self, prefix: str, key: str) -> Applied | None:
         """What was made of one owner, or None if not stored."""
 
@@ -309,6 +312,8 @@ class _Run:
         """The whole model becomes what the plan makes of it before anything is taken out."""
         steps = self.of_stages(Stage.PREPARE)
         if steps:
+            # Trained anew elsewhere it might differ, and what other plans store of it would no longer fit.
+            self.store.keep(prefix_digest(steps, self.plan.seed))
             model = copy.deepcopy(self.original).eval()
             self.whole = FloatModel(model, self._recover(model, (), steps))
             self.context = replace(self.context, prepared=model)
@@ -469,6 +474,8 @@ class _Nothing:
     def load(self, prefix: str, model: nn.Module) -> None: ...
 
     def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None: ...
+
+    def keep(self, prefix: str) -> None: ...
 
     def load_numbers(self, prefix: str, key: str) -> None: ...
 

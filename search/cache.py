@@ -40,6 +40,7 @@ class Cache:
     _models: dict[str, FloatModel] = field(default_factory=dict, repr=False, compare=False)
     _sizes: dict[Path, tuple[float, int]] = field(default_factory=dict, repr=False, compare=False)
     _kept: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
+    _held_back: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @contextmanager
     def in_use(self, entry: str) -> Iterator[None]:
@@ -50,11 +51,14 @@ class Cache:
 
     def keep(self, entry: str) -> None:
         """Nobody removes the entry until `close`, or until this process ends."""
-        self._kept.enter_context(_held(self.folder / entry))
+        if entry not in self._held_back:
+            self._kept.enter_context(_held(self.folder / entry))
+            self._held_back.add(entry)
 
     def close(self) -> None:
         """Let go of what `keep` kept."""
         self._kept.close()
+        self._held_back.clear()
 
     def shrink(self) -> None:
         """Remove entries of any study that nobody uses, the longest unused first, until all are within the bound."""

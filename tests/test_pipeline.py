@@ -196,6 +196,8 @@ class Shelf:
     def save(self, prefix: str, model: nn.Module, achieved: Mapping[str, Achieved]) -> None:
         self.kept[prefix] = ({k: v.clone() for k, v in model.state_dict().items()}, dict(achieved))
 
+    def keep(self, prefix: str) -> None: ...
+
     def load_numbers(self, prefix: str, key: str) -> Applied | None:
         return self.numbers.get((prefix, key))
 

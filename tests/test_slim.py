@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compressors.channels import Group, removable, trace
 from compressors.distill import Distill
 from compressors.errors import Infeasible
-from compressors.pipeline import Artifact, Compressor, Context, compress
+from compressors.pipeline import Artifact, Compressor, Context, compress, prefix_digest
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
 from compressors.slim import Slim, spread, strengths
@@ -215,6 +215,19 @@ def test_a_model_is_slimmed_once_for_all_that_prune_it(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines] == ["slim"] * 2 + ["distill"] * 4
     assert same(made(net, SLIM, store=Cache(tmp_path), lines=lines).model, made(net, SLIM).model)
     assert len(lines) == 6
+
+
+def test_what_others_were_made_of_is_kept_beyond_the_bound_of_the_cache(tmp_path: Path) -> None:
+    net, lines, store = build("residual"), list[str](), Cache(tmp_path / ("0" * 16), limit_bytes=1)
+    for share in (0.25, 0.5, 0.25):
+        made(net, SLIM, cut(net, share), store=store, lines=lines)
+        made(net, SLIM, cut(net, share), RECOVER, store=store)
+        store.shrink()
+    assert len(lines) == 2, "slimmed once"
+    assert [entry.name for entry in store.folder.iterdir()] == [prefix_digest([SLIM], 3)]
+    store.close()
+    store.shrink()
+    assert not [*store.folder.iterdir()]
 
 
 def test_what_is_pruned_is_the_slimmed_model() -> None:
