@@ -63,7 +63,8 @@ class Proposer:
             if promoted is not None:
                 return promoted
         most = len(self.reader.levels)
-        rows = self._rows(standing, most if remaining_s is None else min(1, most), fixed, rng)
+        growth = most if remaining_s is None else min(1, most)
+        rows = self._rows(standing, growth, fixed, rng)
         rows.pick = self._solved(rows, possible, rng)
         rows.growth = np.where(self._untrained(rows), 0, rows.growth)
         # One draw makes plans that are worth a look; the best of many by that same draw would be the luckiest one.
@@ -77,7 +78,7 @@ class Proposer:
             answers = {**self._answers(rows, int(i)), **fixed}
             if self.reader.identity(answers) not in seen:
                 return Proposal(answers, tuple(map(float, expected[i])) if standing.known else None)
-        return self._any_unseen(fixed, seen, rng)
+        return self._any_unseen(growth, fixed, seen, rng)
 
     def _promoted(
         self,
@@ -90,7 +91,7 @@ class Proposer:
         """The next step of growth for the most promising member of the front, as in successive halving."""
         standing = outlook.standing
         for parsed in standing.promising():
-            rows = self._grown(standing, parsed, rng)
+            rows = self._grown(standing, parsed, parsed.growth + 1, rng)
             answers = self._answers(rows, 0)
             fits = rows.seconds[0] <= remaining_s and all(answers.get(name) == value for name, value in fixed.items())
             if fits and self.reader.identity(answers) not in seen:
@@ -98,13 +99,15 @@ class Proposer:
         return None
 
     def _any_unseen(
-        self, fixed: Answers, seen: Collection[frozenset[tuple[str, Scalar]]], rng: np.random.Generator
+        self, growth: int, fixed: Answers, seen: Collection[frozenset[tuple[str, Scalar]]], rng: np.random.Generator
     ) -> Proposal | None:
-        """By chance, once all that compete were seen; None when that finds none either."""
+        """By chance, with this `growth` or more, once all that compete were seen; None when that finds none either."""
         pick = rng.integers([len(choices) for choices in self.tables.choices], size=(BY_CHANCE, len(self.tables.names)))
         rows = self._fresh(pick, 0, TRIAL_S, np.zeros_like(pick, dtype=bool), rng)
         rows.pick = self._named(rows)
-        rows.growth = rng.integers(1, len(self.reader.levels) + 1, BY_CHANCE) if self.reader.levels else rows.growth
+        rows.growth = (
+            rng.integers(growth, len(self.reader.levels) + 1, BY_CHANCE) if self.reader.levels else rows.growth
+        )
         possible = np.isfinite(self.tables.loss[rows.variant[:, None], np.arange(pick.shape[1]), rows.pick]).all(1)
         for i in np.flatnonzero(possible):
             answers = {**self._answers(rows, int(i)), **fixed}
@@ -115,8 +118,8 @@ class Proposer:
     # -- Rows
 
     def _rows(self, standing: Standing, growth: int, fixed: Answers, rng: np.random.Generator) -> Rows:
-        """What competes; of what was not trained before, with this `growth`."""
-        parts = [self._new(standing, growth, rng), *self._around(standing, rng)]
+        """What competes; nothing that trains has less than this `growth`."""
+        parts = [self._new(standing, growth, rng), *self._around(standing, growth, rng)]
         parts += self._mutated(standing, growth, rng)
         rows = Rows.joined(parts)
         for k, name in enumerate(self.tables.names):
@@ -159,20 +162,20 @@ class Proposer:
             [{}] * n,
         )
 
-    def _around(self, standing: Standing, rng: np.random.Generator) -> Iterator[Rows]:
+    def _around(self, standing: Standing, growth: int, rng: np.random.Generator) -> Iterator[Rows]:
         """Trained prefixes of the front with other numbers, and with the next step of growth; and the original."""
         yield self._kept(self.reader.parse({}), 0, standing.seconds(0, 0), {}, rng)
         for parsed in standing.prefixes():
-            yield self._kept(parsed, parsed.growth, standing.seconds(0, 0), parsed.carried, rng)
+            if parsed.growth >= growth:
+                yield self._kept(parsed, parsed.growth, standing.seconds(0, 0), parsed.carried, rng)
             if self.guide.growth and parsed.growth < len(self.reader.levels):
-                yield self._grown(standing, parsed, rng)
+                yield self._grown(standing, parsed, max(growth, parsed.growth + 1), rng)
 
-    def _grown(self, standing: Standing, parsed: Parsed, rng: np.random.Generator) -> Rows:
-        """With the next step of growth; the first of them differs from its parent in nothing else."""
+    def _grown(self, standing: Standing, parsed: Parsed, growth: int, rng: np.random.Generator) -> Rows:
+        """With more growth, up to this; the first of them differs from its parent in nothing else."""
         knob = self.guide.growth[0] if self.guide.growth else ""
-        carried = {**parsed.carried, knob: self.reader.levels[parsed.growth]}
-        wait = standing.seconds(parsed.growth, parsed.growth + 1)
-        grown = self._kept(parsed, parsed.growth + 1, wait, carried, rng)
+        carried = {**parsed.carried, knob: self.reader.levels[growth - 1]}
+        grown = self._kept(parsed, growth, standing.seconds(parsed.growth, growth), carried, rng)
         grown.free[0], grown.target[0], grown.variant[0] = False, parsed.target, parsed.variant
         return grown
 

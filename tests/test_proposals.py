@@ -96,6 +96,29 @@ def test_where_trials_are_counted_each_trains_to_the_end_and_few_of_them_go_furt
     assert worth[0] > worth[1]
 
 
+def test_where_trials_are_counted_what_was_begun_in_minutes_trains_to_the_end_too() -> None:
+    proposer, facts = Proposer(make_guide(), AIM), studied(30)
+    assert any(trained(f.answers) and f.answers["train.epochs"] != EPOCHS[-1] for f in facts)
+    for seed in range(12):
+        found = proposer.propose(facts, {}, np.random.default_rng(seed), remaining_s=None)
+        assert found is not None
+        assert not trained(found.answers) or found.answers["train.epochs"] == EPOCHS[-1]
+
+
+@pytest.mark.parametrize(("remaining_s", "epochs"), [(None, {EPOCHS[-1]}), (math.inf, {*EPOCHS})])
+def test_what_is_drawn_by_chance_trains_to_the_end_where_trials_are_counted(
+    remaining_s: float | None, epochs: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Proposer, "_gain", lambda _self, _outlook, rows, _left: (-np.ones(len(rows.pick)), None))
+    monkeypatch.setattr("search.proposals.GROWING", 0.0)
+    proposer, drawn = Proposer(make_guide(), AIM), set()
+    for seed in range(20):
+        found = proposer.propose([], {}, np.random.default_rng(seed), remaining_s=remaining_s)
+        assert found is not None
+        drawn.add(found.answers["train.epochs"])
+    assert drawn == epochs
+
+
 def test_nothing_that_takes_longer_than_is_left() -> None:
     facts = studied(12)
     proposer = Proposer(make_guide(), AIM)
