@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 import conf
 from compressors.errors import Infeasible
-from compressors.layers import read_layers
+from compressors.layers import inside, read_layers
 from compressors.pipeline import Artifact, Compressor, Growing, Removing, Stage, compress, loss_after
 from compressors.plan import CompressionPlan, Scalar, Step, Target
 from search.space import NONE
@@ -295,3 +296,32 @@ def test_it_works_after_every_earlier_stage(earlier: str, later: str, net: str) 
     artifact = run(model, first, replace(second, per_layer=left))
     assert artifact.model(images()).shape == model(images()).shape
     assert artifact.achieved.keys() == {earlier, later}
+
+
+def _pairs_of_one_stage() -> list[tuple[str, str]]:
+    """Of the methods that the joint experiment has in one space, in its order."""
+    joint = OmegaConf.load(Path(conf.__file__).parent / "experiment" / "joint.yaml")
+    names = next(entry["override /compressor"] for entry in joint.defaults if "override /compressor" in entry)
+    return [(a, b) for a, b in combinations(names, 2) if method(a).compressor.stage == method(b).compressor.stage]
+
+
+@pytest.mark.parametrize(("first", "second"), _pairs_of_one_stage())
+def test_two_of_one_stage_go_together(first: str, second: str) -> None:
+    """On the first net where, once every other layer was given to the one, something is left to the other."""
+    for model, one, two in ((build(net), *_shared_out(first, second, net)) for net in NETS):
+        if all(asked.per_layer or not method(asked.method).keys(per_layer=True) for asked in (one, two)):
+            artifact = run(model, one, two)
+            assert artifact.model(images()).shape == model(images()).shape
+            assert artifact.achieved[first].keys() >= one.per_layer.keys()
+            assert artifact.achieved[second].keys() >= two.per_layer.keys()
+            return
+    pytest.skip(f"no small net has something for both {first} and {second}")
+
+
+def _shared_out(first: str, second: str, net: str) -> tuple[Step, Step]:
+    one, two = step(first, net, "strongest"), step(second, net, "strongest")
+    one = replace(one, per_layer=dict(list(one.per_layer.items())[::2]))
+    remover = method(first).compressor
+    out = [*one.per_layer, *(remover.removed(one) if isinstance(remover, Removing) else ())]
+    left = {o: settings for o, settings in two.per_layer.items() if not any(inside(o, block) for block in out)}
+    return one, replace(two, per_layer=left)
