@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
+import search.torchvision_compat  # noqa: F401  transformers imports torchvision
 from compressors.depth import Depth
 from compressors.errors import Infeasible
 from compressors.fisher import diagonal_fisher
+from compressors.pipeline import Context
 from compressors.plan import Step
 from search.models import resnet18, resnet20
 from tests.context import make_context
@@ -110,7 +112,7 @@ def test_layers_of_a_block_that_is_out_are_gone() -> None:
 
 
 class Curious(nn.Module):
-    """Calls one block with a keyword, looks into another one, and leaves the third one alone."""
+    """Looks into one of its blocks and leaves the others alone, one of which it calls with a keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,4 +133,78 @@ class Named(Block):
 
 
 def test_a_block_without_which_the_model_does_not_run_is_not_offered() -> None:
-    assert list(Depth().groups(Curious().eval(), (images(),))) == ["free"]
+    assert list(Depth().groups(Curious().eval(), (images(),))) == ["named", "free"]
+
+
+def test_of_what_a_block_is_given_its_first_input_goes_on() -> None:
+    model = Curious().eval()
+    hidden = F.relu(model.stem(images()))
+    skip(model, "named")
+    assert torch.equal(model.named(hidden, 3.0, scale=2.0), hidden)
+    assert model(images()).isfinite().all()
+
+
+def bert() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Three layers that normalise what they have added, with norms that do not look untrained; words and a mask."""
+    torch.manual_seed(0)
+    model = _bert_with_mask()
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
+    words = torch.randint(1, 50, (6, 8), generator=torch.Generator().manual_seed(1))
+    return model.eval(), (words, (torch.arange(8) < torch.arange(3, 9)[:, None]).long())
+
+
+def _bert_with_mask() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+    class Bert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = BertModel(BertConfig(**sizes, vocab_size=50, max_position_embeddings=16))
+
+        def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+            hidden: Tensor = self.body(words, attention_mask=mask).last_hidden_state
+            return hidden[:, 0]
+
+    return Bert()
+
+
+LAYERS = tuple(f"body.encoder.layer.{i}" for i in range(3))
+
+
+def test_layers_that_normalise_what_they_added_are_blocks() -> None:
+    model, example = bert()
+    assert Depth().groups(model, example) == {name: (name,) for name in LAYERS}
+
+
+def test_without_a_layer_of_a_transformer_the_next_one_reads_its_input() -> None:
+    model, example = bert()
+    left = copy.deepcopy(model)
+    context = Context(model, example, lambda: iter(()), lambda: iter([(example, None)]), None)
+    Depth().apply(left, Step("depth", {LAYERS[1]: {"skip": True}}), context, 0)
+    shorter = copy.deepcopy(model)
+    del shorter.get_submodule("body.encoder.layer")[1]  # type: ignore[operator]  # a list of modules
+    with torch.no_grad():
+        assert torch.equal(left(*example), shorter(*example))
+        assert not torch.allclose(left(*example), model(*example), rtol=0, atol=0.01)
+
+
+def test_a_layer_of_a_transformer_costs_what_its_branches_add() -> None:
+    model, example = bert()
+    with torch.no_grad():
+        for branch in ("attention.output", "output"):
+            for parameter in model.get_submodule(f"{LAYERS[1]}.{branch}.dense").parameters():
+                parameter.mul_(0.1)
+    fisher = diagonal_fisher(model, [(example, None)], 6)
+    quiet, loud, kept = Depth().effects(
+        model, example, [(LAYERS[1], {"skip": True}), (LAYERS[2], {"skip": True}), (LAYERS[2], {"skip": False})], fisher
+    )
+    assert 0 == kept.loss < quiet.loss < loud.loss / 10
+    assert {name.removeprefix(LAYERS[1]) for name in quiet.outputs} == {
+        *(f".attention.self.{name}" for name in ("query", "key", "value")),
+        *(".attention.output.dense", ".intermediate.dense", ".output.dense"),
+    }
