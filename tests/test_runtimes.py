@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 import onnx
+import openvino as ov
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -279,6 +280,30 @@ def test_an_answer_is_not_overwritten_by_the_next(plain: Bench) -> None:
     kept = first.copy()
     session(images(2, 1).numpy())
     np.testing.assert_array_equal(first, kept)
+
+
+def test_what_is_timed_computes_what_is_judged(tmp_path: Path) -> None:
+    """Told of the batch size, ONNX Runtime computed 8-bit products of a transformer in float, ten times as slowly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    context = Context(model, (images(),), lambda: iter(()), calibration, None)
+    numbers = {"0": LayerNumbers(8), "2": LayerNumbers(8)}
+    artifact = Artifact(model, CompressionPlan(Target("onnxruntime", "fp32")), "original", {}, numbers, {})
+    deployed = runtime_of("onnxruntime").deploy(artifact, context, tmp_path / "made", tmp_path / "cache")
+    timed, judged = (deployed.session(batch, threads=1)(images(1, 9).numpy()) for batch in (1, None))
+    assert np.array_equal(timed, judged)
+
+
+def test_openvino_multiplies_activations_with_each_other_in_float(benches: dict[tuple[str, str], Bench]) -> None:
+    bench = benches["openvino", "attention"]
+    model = ov.Core().read_model(bench.deploy(bench.int8()).folder / "model.xml")
+    factors = {
+        op.get_friendly_name(): [op.input_value(i).get_node().get_type_name() for i in (0, 1)]
+        for op in model.get_ops()
+        if op.get_type_name() == "MatMul"
+    }
+    assert factors["/query/MatMul"][0] == "FakeQuantize"
+    assert "FakeQuantize" not in factors["/MatMul"] + factors["/MatMul_1"]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
