@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from compressors.errors import Infeasible
 from compressors.layers import hooked, read_layers, weight_path
+from compressors.masks import finish, held
 from compressors.pipeline import Applied, Context
 from compressors.plan import Settings, Step, digest
 from compressors.recovery import Goal, Recovery, training, whole_epochs
@@ -68,6 +69,7 @@ class Qat(Recovery):
                 learning, lambda batch: goal.loss(rounded, batch), goal.learning_rate, range(epochs), context
             )
         achieved: Settings = {"epochs": epochs, "loss": loss, "step_share": rounded.step_share()}
+        finish(model)
         rounded.write()
         return Applied({"": achieved})
 
@@ -83,9 +85,9 @@ class Rounded:
         layers = [layer for layer in read_layers(model, example) if layer.kind != "embedding"]
         owners = [layer.name for layer in layers if layer.tied_to is None]
         self._layers = [layer.name for layer in layers if (layer.tied_to or layer.name) in owners]
-        paths = [weight_path(model, name) for name in owners]
-        self._weights = {path: model.get_parameter(path) for path in paths}
-        self._began = {name: _largest_step(weight) for name, weight in self._weights.items()}
+        self._owners = {weight_path(model, name): name for name in owners}
+        self._weights = {path: model.get_parameter(path) for path in self._owners}
+        self._began = {path: self._widest(path) for path in self._owners}
         self.paces = {name: nn.Parameter(torch.zeros_like(step)) for name, step in self._began.items()}
         """By weight, `(out, 1, ..)`: what is learned of the steps."""
 
@@ -109,8 +111,7 @@ class Rounded:
     @torch.no_grad()
     def step_share(self) -> float:
         """How large the steps are on average, as a share of what they were at first."""
-        now = {name: torch.minimum(self._step(name), _largest_step(weight)) for name, weight in self._weights.items()}
-        return mean(float((now[name] / began).mean()) for name, began in self._began.items())
+        return mean(float((self._step(name) / began).mean()) for name, began in self._began.items())
 
     @torch.no_grad()
     def write(self) -> None:
@@ -122,15 +123,16 @@ class Rounded:
         return {name: round_weight(weight, self._step(name)) for name, weight in self._weights.items()}
 
     def _step(self, name: str) -> Tensor:
-        return self._began[name] * torch.exp(PACE * self.paces[name])
+        return _at_most(self._widest(name), self._began[name] * torch.exp(PACE * self.paces[name]))
+
+    def _widest(self, name: str) -> Tensor:
+        """A runtime's grid is as wide as the weights that masks leave."""
+        return _largest_step(held(self.model, self._owners[name], self._weights[name]))
 
 
 def round_weight(weight: Tensor, step: Tensor) -> Tensor:
-    """The nearest of -127..127 steps; `step` is `(out, 1, ..)`, and the largest weight's share where that is less.
-
-    Its gradient passes to `step` all the same, so that it can come down again.
-    """
-    step = step + (torch.minimum(step, _largest_step(weight)) - step).detach()
+    """The nearest of -127..127 steps; `step` is `(out, 1, ..)`, and the largest weight's share where that is less."""
+    step = _at_most(_largest_step(weight), step)
     return _round((weight / step).clamp(-TOP, TOP)) * step
 
 
@@ -146,6 +148,11 @@ def _largest_step(weight: Tensor) -> Tensor:
     """`(out, 1, ..)`: the step at which nothing is clipped."""
     largest = weight.detach().abs().amax(tuple(range(1, weight.dim())), keepdim=True)
     return largest.clamp_min(TINY) / TOP
+
+
+def _at_most(largest: Tensor, step: Tensor) -> Tensor:
+    """The gradient passes to `step` all the same, so that it can come down again."""
+    return step + (torch.minimum(step, largest) - step).detach()
 
 
 def _round(scaled: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compressors.errors import Infeasible, at_least
 from compressors.inputs import layer_inputs
+from compressors.masks import finish
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
 from compressors.replace import one_thread
@@ -68,6 +69,8 @@ class Smooth:
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`migration` per place, `form` for all; `spread` is how far apart the factors lie."""
         form = _form(step.shared)
+        # Factors are for the weights that stay, and scaled ones would be chosen otherwise.
+        finish(model)
         known = places(model, context.example)
         asked = {name: _migration(known, name, settings) for name, settings in step.per_layer.items()}
         scaled = {known[name].readers[0]: name for name, migration in asked.items() if migration > 0}

@@ -195,6 +195,16 @@ def test_weights_held_at_zero_stay_there() -> None:
         torch.testing.assert_close(scaled(images(8)), held(images(8)), rtol=1e-4, atol=1e-5)
 
 
+@every_form
+def test_a_ramp_that_did_not_end_ends_before_weights_are_scaled(form: str) -> None:
+    model = rough()
+    halves = {"value": {"sparsity": 0.5}, "up": {"sparsity": 0.5}}
+    at_once, ramped = (Step("sparsify", halves, {"ramp": ramp}) for ramp in (0, 9))
+    expected, given = (run(model, step, smooth(model, form=form)).model for step in (at_once, ramped))
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(given.get_parameter(name), parameter), name
+
+
 QAT = Step("qat", {}, {"epochs": 1, "temperature": 2, "weight": 0.5, "learning_rate": 0.001})
 
 

@@ -23,10 +23,11 @@ from torch.nn.utils import parametrize
 from compressors.distill import Distill
 from compressors.errors import Infeasible
 from compressors.fisher import Question, diagonal_fisher
+from compressors.masks import Mask, strongest
 from compressors.pipeline import Artifact, Compressor, compress
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.quantize import Quantize
-from compressors.sparsify import CRITERIA, Mask, Sparsify, strongest
+from compressors.sparsify import CRITERIA, Sparsify
 from evaluators.onnxruntime import OnnxRuntime
 from evaluators.openvino import OpenVINO
 from evaluators.runtime import Runtime
