@@ -78,12 +78,16 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Deployed:
-    """A model as files that a runtime loads: the only thing that evaluators see."""
+    """A model as files that a runtime loads: the only thing that evaluators see.
+
+    `parameters` are those of the torch model that it was made from, None where only the files are known.
+    """
 
     runtime: Runtime
     folder: Path
     precision: str
     inputs: tuple[TensorSpec, ...]
+    parameters: int | None = None
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

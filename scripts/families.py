@@ -16,16 +16,17 @@ from search.records import measurement_from
 from search.select import front_of
 from search.tracking import Tracker
 from search.trial import TrialRecord
-from search.view import describe, quality_text
+from search.view import describe, quality_text, scaled
 
 ROOT = Path(__file__).parents[1]
 JOINT = "joint"
 FAMILIES = ("quantization", "clustering", "pruning", "lowrank", "separable", "distillation", JOINT)
 OBJECTIVES = ("accuracy", "latency_ratio", "size_bytes")
 HEADINGS = (
-    *("family", "trials", "champion", "its accuracy on test", "its speed-up", "its size"),
+    *("family", "trials", "champion", "its accuracy on test", "its speed-up", "its size", "its parameters"),
     *("smallest that lost at most 1 point", "like the joint front"),
 )
+EVALUATORS = "evaluator=[accuracy,latency,size,parameters]"
 LOST = 0.01
 """Of the accuracy on validation, what the smallest version shown may have lost."""
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     command = f"scripts/bench.py families --minutes {wanted.minutes:g} {' '.join(wanted.options)}".rstrip()
     found = []
     for family in FAMILIES:
-        options = [f"experiment={family}", f"budget.minutes={wanted.minutes:g}", *wanted.options]
+        options = [f"experiment={family}", EVALUATORS, f"budget.minutes={wanted.minutes:g}", *wanted.options]
         with (wanted.out / f"{family}.log").open("w") as log:
             words = [sys.executable, "-m", "compareto", "search", *options]
             subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=True, cwd=ROOT)
@@ -113,6 +114,7 @@ def _cells(one: Found, joint: Found) -> Iterator[str]:
     yield quality_text(one.test)
     yield f"{1 / one.champion.value('latency_ratio').value:.2f}x [{low:.2f}, {high:.2f}]"
     yield _kilobytes(one.champion)
+    yield scaled(one.champion.value("parameters").value)
     yield f"{_kilobytes(smallest)}, {quality_text(smallest.value('accuracy'))}: {describe(smallest)}"
     yield "" if one is joint else f"{one.covered_by(joint)} of {len(one.front)}"
 

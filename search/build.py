@@ -401,7 +401,7 @@ def _plain_sampler(config: DictConfig, seed: int) -> Any:
 def _role(metric: Metric, quality: str) -> Role:
     if metric.name == quality:
         return "quality"
-    # Memory has bytes too, but follows from the weights no better than a latency does.
+    # Memory has bytes too, but follows from the weights no better than a latency does; parameters know no bit-widths.
     return "size" if metric.name == SIZE.name else "latency"
 
 

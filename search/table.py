@@ -9,7 +9,7 @@ from evaluators.measurement import Measurement
 from search.pareto import differ
 from search.select import Choice, baselines
 from search.trial import TrialRecord
-from search.view import View, describe, optional, quality_text
+from search.view import View, describe, optional, quality_text, scaled
 
 # Sizes are exact, but few people care about 5 % either way.
 SIZE_BAND = 1.05
@@ -23,7 +23,8 @@ def front_table(
 ) -> Table:
     """Champion, baselines and what of the front can be told apart, fastest first."""
     table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left", caption_justify="left")
-    for heading in ("trial", "what was done", view.quality, "latency ratio", "speed-up", "ms", "size"):
+    counts = ["parameters"] if optional(choice.record, view.parameters) else []
+    for heading in ("trial", "what was done", view.quality, "latency ratio", "speed-up", "ms", "size", *counts):
         table.add_column(
             heading, justify="left" if heading == "what was done" else "right", no_wrap=heading != "what was done"
         )
@@ -68,7 +69,7 @@ def _left_out(records: Sequence[TrialRecord], alike: int) -> Iterator[str]:
 def _cells(record: TrialRecord, choice: Choice, view: View) -> list[str]:
     quality, speed = record.values((view.quality, view.speed))
     mark = "★ " if record.number == choice.record.number else "○ " if not record.plan.steps else ""
-    time = optional(record, view.time)
+    time, size, count = (optional(record, metric) for metric in (view.time, view.size, view.parameters))
     return [
         f"{mark}{record.number}",
         describe(record),
@@ -76,12 +77,6 @@ def _cells(record: TrialRecord, choice: Choice, view: View) -> list[str]:
         f"{speed.value:.3f} [{speed.interval[0]:.3f}, {speed.interval[1]:.3f}]",
         f"{1 / speed.value:.2f}x",
         f"{time.value:.3f}" if time else "",
-        _bytes(record, view),
+        scaled(size.value, "B") if size else "",
+        *([scaled(count.value)] if count else []),
     ]
-
-
-def _bytes(record: TrialRecord, view: View) -> str:
-    size = optional(record, view.size)
-    if size is None:
-        return ""
-    return f"{size.value / 1e6:.2f} MB" if size.value >= 1e6 else f"{size.value / 1e3:.1f} kB"

@@ -219,7 +219,7 @@ class Workbench:
                 artifact = compress(self.workload.model, plan, self.compressors, context, self.store)
             with clock.timed("deploy"):
                 deployed = self.runtimes[plan.target.runtime].deploy(artifact, context, folder, self.cache)
-        return artifact, deployed
+        return artifact, replace(deployed, parameters=sum(p.numel() for p in artifact.model.parameters()))
 
     def complete(
         self, record: TrialRecord, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock
@@ -263,7 +263,7 @@ class Workbench:
             # Another process may be timing against the files that are there: equal ones stay in place.
             with suppress(OSError):
                 (Path(fresh) / "made").rename(folder)
-        return Deployed(deployed.runtime, folder, deployed.precision, deployed.inputs)
+        return replace(deployed, folder=folder)
 
     def measure(
         self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock

@@ -11,12 +11,13 @@ from search.trial import TrialRecord
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Which metrics are shown as quality, speed, time and size."""
+    """Which metrics are shown as quality, speed, time, size and parameters; the last only where they were counted."""
 
     quality: str = "accuracy"
     speed: str = "latency_ratio"
     time: str = "latency_ms"
     size: str = "size_bytes"
+    parameters: str = "parameters"
 
 
 def describe(record: TrialRecord) -> str:
@@ -54,6 +55,11 @@ def quality_text(measurement: Measurement) -> str:
 
 
 SHARES = ("share", "agreement")
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """In thousands or millions of a unit; a count has none."""
+    return f"{value / 1e6:.2f} M{unit}" if value >= 1e6 else f"{value / 1e3:.1f} k{unit}"
 
 
 def optional(record: TrialRecord, metric: str) -> Measurement | None:

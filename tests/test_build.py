@@ -42,6 +42,13 @@ def test_everything_of_the_configuration_arrives(store: Path) -> None:
     assert OmegaConf.create(search.config).study == "mine"
 
 
+def test_parameters_can_be_bound_and_searched_for(store: Path) -> None:
+    wanted = ("evaluator=[accuracy,latency,parameters]", "objectives=[accuracy,parameters]", "bounds.parameters=9000")
+    search = built(store, *wanted)
+    assert [m.name for m in search.objectives] == ["accuracy", "parameters"]
+    assert search.bounds == (Bound("parameters", 9000.0),)
+
+
 def test_the_ladder_knows_what_decides_and_can_be_off(store: Path) -> None:
     found = built(store, "bounds.size_bytes=5000", "ladder.error=0.1", "ladder.shares=[0.5]").ladder
     objectives = ("accuracy", "latency_ratio", "size_bytes")

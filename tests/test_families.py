@@ -2,18 +2,19 @@ from dataclasses import replace
 
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
+from evaluators.parameters import Parameters
 from scripts.families import FAMILIES, JOINT, Found, _lines
 from search import build
 from search.trial import TrialRecord
 
 METRICS = (Metric("accuracy", "share", "maximize"), Metric("latency_ratio", "of reference", "minimize"))
-SIZE = Metric("size_bytes", "bytes", "minimize")
+SIZE, (PARAMETERS,) = Metric("size_bytes", "bytes", "minimize"), Parameters().metrics()
 
 
 def trial(number: int, accuracy: float, ratio: float, size: float, *steps: Step) -> TrialRecord:
     near = [Measurement(m, x, (x - 0.01, x + 0.01), 100, {}) for m, x in zip(METRICS, (accuracy, ratio), strict=True)]
     plan = CompressionPlan(Target("openvino", "fp32"), steps)
-    return TrialRecord(number, plan, (*near, exact(SIZE, size)), None, {}, {}, {})
+    return TrialRecord(number, plan, (*near, exact(SIZE, size), exact(PARAMETERS, size / 4)), None, {}, {}, {})
 
 
 BASE = trial(0, 0.95, 1.0, 1e6)
@@ -40,7 +41,7 @@ def test_a_member_counts_as_covered_by_one_that_is_nowhere_clearly_worse() -> No
 def test_the_table_has_a_row_for_each_family() -> None:
     lines = list(_lines([found("quantization", FAST), found(JOINT, SMALL, FAST)], "the command"))
     rows = [line.split(" | ") for line in lines if line.startswith(("| quantization", "| joint"))]
-    assert [row[5] for row in rows] == ["500 kB", "200 kB"]
+    assert [row[5:7] for row in rows] == [["500 kB", "125.0 k"], ["200 kB", "50.0 k"]]
     assert rows[0][4] == "5.00x [4.76, 5.26]"
     assert rows[0][-1].rstrip(" |") == "1 of 1"
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from compressors.plan import CompressionPlan, LayerSpec, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
+from evaluators.parameters import Parameters
 from search.heatmap import layers_png
 from search.page import pareto_html
 from search.report import draw
@@ -74,6 +75,18 @@ def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
     assert "4.00x" in rows[1]
     assert "375.0 kB" in rows[1]
     assert "1.50 MB" in rows[2]
+
+
+def test_parameters_have_a_column_where_they_were_counted() -> None:
+    def counted(record: TrialRecord, count: int) -> TrialRecord:
+        return replace(record, measurements=(*record.measurements, exact(Parameters().metrics()[0], count)))
+
+    base, best = counted(BASE, 1_250_000), counted(BEST, 98_765)
+    console = Console(width=200, record=True)
+    console.print(front_table([base, best], [base, best], replace(CHOICE, record=best), VIEW))
+    heading, *rows = [line for line in console.export_text().splitlines() if line.startswith(("┃", "│"))]
+    assert heading.split("┃")[-2].strip() == "parameters"
+    assert [row.split("│")[-2].strip() for row in rows] == ["98.8 k", "1.25 M"]
 
 
 def test_of_versions_that_are_alike_the_table_shows_the_champion_or_the_smallest() -> None:
