@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, Protocol, runtime_checkable
@@ -55,6 +55,7 @@ class Context:
     shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `answers` gives the
     teacher's output, perhaps from memory; without it the teacher is asked. `between_rounds` hears, before every round
     of a `Growing` method but the first, where this leads and what was achieved by then; it may raise to end it.
+    `shared` is entered around work that other plans will find done: assistants, parents and what prepares.
     `prepared` is there once a model was trained before anything is taken out of it.
     """
 
@@ -66,6 +67,7 @@ class Context:
     progress: Callable[[str], None] = lambda _text: None
     answers: Callable[..., Tensor] | None = None
     between_rounds: "Callable[[Step, Achieved], None]" = lambda _step, _achieved: None
+    shared: Callable[[], AbstractContextManager[None]] = nullcontext
     prepared: nn.Module | None = None
 
     @property
@@ -315,7 +317,8 @@ class _Run:
             # Trained anew elsewhere it might differ, and what other plans store of it would no longer fit.
             self.store.keep(prefix_digest(steps, self.plan.seed))
             model = copy.deepcopy(self.original).eval()
-            self.whole = FloatModel(model, self._recover(model, (), steps))
+            with self.context.shared():
+                self.whole = FloatModel(model, self._recover(model, (), steps))
             self.context = replace(self.context, prepared=model)
 
     def _cut(self, structure: Sequence[Step], between: Sequence[Step]) -> tuple[nn.Module, dict[str, Achieved]]:
@@ -326,7 +329,8 @@ class _Run:
             achieved[step.method] = self._apply(model, step).achieved
             before.append(step)
             if self._removes(step) and position < len(structure):
-                self._recover(model, before, between)
+                with self.context.shared():
+                    self._recover(model, before, between)
         return model, achieved
 
     def _recover(self, model: nn.Module, before: Sequence[Step], steps: Sequence[Step]) -> dict[str, Achieved]:
@@ -428,10 +432,11 @@ class _Run:
             return self.context
         plan = replace(plan, steps=(*self.of_stages(Stage.PREPARE), *plan.steps))
         if plan.digest not in self.assistants:
-            context = replace(self.context, between_rounds=lambda _step, _achieved: None)
+            context = replace(self.context, between_rounds=lambda _step, _achieved: None, shared=nullcontext)
             run = _Run(self.original, plan, self.compressors, context, self.store)
             run.seconds = self.seconds
-            self.assistants[plan.digest] = run.float_model()
+            with self.context.shared():
+                self.assistants[plan.digest] = run.float_model()
         return replace(self.context, teacher=self.assistants[plan.digest].model, answers=None)
 
     @contextmanager

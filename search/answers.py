@@ -6,7 +6,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from evaluators.divergence import LOSS
 from search.records import record_to_json
-from search.sampler import MEASURED_LOSS, PREVIEW
+from search.sampler import MEASURED_LOSS, PREVIEW, SHARED
 from search.select import Bound
 from search.storage import RECORD
 from search.trial import TrialRecord
@@ -50,6 +50,8 @@ def _told(record: TrialRecord, objectives: Sequence[str]) -> dict[str, object]:
     told: dict[str, object] = {}
     if LOSS.name in known:
         told[MEASURED_LOSS] = known[LOSS.name]
+    if record.shared_s > 0:
+        told[SHARED] = record.shared_s
     if record.infeasible is not None:
         told["infeasible"] = record.infeasible
     if record.stopped is not None:

@@ -17,7 +17,8 @@ Role = Literal["quality", "latency", "size"]
 class Fact:
     """What one finished trial says. `values` are to be minimized, NaN where unknown; `complete` ones can be on a front.
 
-    `loss` is in the currency of the guide's effects; `violation` is above 0 where a constraint is broken.
+    `loss` is in the currency of the guide's effects; `violation` is above 0 where a constraint is broken; `seconds` are
+    the trial's own, without what went into things that others share.
     """
 
     number: int

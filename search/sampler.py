@@ -23,6 +23,8 @@ MEASURED_LOSS = "loss"
 """User attribute of a trial: the measured rise of the loss, in the currency of the guide."""
 PREVIEW = "preview"
 """User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
+SHARED = "shared_s"
+"""User attribute of a trial: how many of its seconds went into what other trials will find done."""
 REMAINING = "remaining_s"
 """User attribute of a study: seconds left, and proposals that take longer stand back; None where trials are counted."""
 EXPECTED = "expected"
@@ -234,5 +236,11 @@ def _fact(trial: FrozenTrial, signs: Sequence[float], names: Sequence[str]) -> F
         complete=complete,
         loss=trial.user_attrs.get(MEASURED_LOSS),
         violation=max(trial.constraints.values(), default=0.0),
-        seconds=trial.duration.total_seconds() if trial.duration else 0.0,
+        seconds=_own_s(trial),
     )
+
+
+def _own_s(trial: FrozenTrial) -> float:
+    """What comes first must not pay for what later ones share."""
+    took = trial.duration.total_seconds() if trial.duration else 0.0
+    return max(took - float(trial.user_attrs.get(SHARED, 0.0)), 0.0)

@@ -44,6 +44,7 @@ class TrialRecord:
     `achieved` is method -> layer -> what was really done; `kernels` is operation -> the kernel that the runtime chose
     for it, where it tells. `artifact_uri` is where the deployed files lie, filled in by
     the tracker. `expected` is what the sampler predicted of each objective when it proposed the plan, if it did.
+    `shared_s` is how many of its seconds went into what other plans will find done.
     Whether it is on the front is computed, never stored.
     """
 
@@ -58,6 +59,7 @@ class TrialRecord:
     artifact_uri: str | None = None
     stopped: Stop | None = None
     expected: Mapping[str, float] = field(default_factory=dict)
+    shared_s: float = 0.0
 
     @property
     def measured(self) -> bool:
@@ -78,11 +80,12 @@ class TrialRecord:
 
 @dataclass
 class Clock:
-    """Seconds per phase, and the name of the phase that runs now."""
+    """Seconds per phase, and the name of the phase that runs now; and those of any phase that other plans share."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     phase: str = ""
     watch: Callable[[str], None] = lambda _phase: None
+    shared_s: float = 0.0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -94,6 +97,15 @@ class Clock:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Account for work within a phase that other plans will find done."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.shared_s += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,7 @@ class Workbench:
             self.environment,
             kernels,
             stopped=stopped,
+            shared_s=clock.shared_s,
         )
         return record, deployed
 
@@ -371,6 +384,7 @@ class Workbench:
             progress=lambda text: clock.watch(f"{clock.phase}: {text}"),
             answers=self._teacher,
             between_rounds=between_rounds,
+            shared=clock.shared,
         )
 
     def _midway(self, step: Step, achieved: Achieved) -> Midway | None:

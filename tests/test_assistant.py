@@ -15,6 +15,7 @@ from compressors.plan import CompressionPlan, Scalar, Step, Target
 from compressors.prune import Prune
 from compressors.quantize import Quantize
 from search.cache import Cache
+from search.trial import Clock
 from tests.context import make_context
 from tests.zoo import build, images
 
@@ -77,6 +78,14 @@ def test_the_student_learns_from_the_assistant() -> None:
     assert not same(assisted.model, made(CUT, Step("distill", {}, GOOD)).model)
     assert assisted.achieved["distill"][""]["assistant"] == "half"
     assert assisted.seconds.keys() == {"prune", "distill"}
+
+
+def test_the_seconds_of_an_assistant_are_shared_and_those_of_the_student_are_not() -> None:
+    clocks = [Clock(), Clock()]
+    for step, clock in zip((ASSISTED, Step("distill", {}, GOOD)), clocks, strict=True):
+        assisted = made(CUT, step, context=replace(make_context(build("residual")), shared=clock.shared))
+    assert clocks[0].shared_s > 0
+    assert clocks[1].shared_s == 0 < assisted.seconds["distill"]
 
 
 def test_remembered_answers_are_those_of_the_uncompressed_model_and_not_asked_for() -> None:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,19 @@ def test_roles_must_fit() -> None:
         ask(begun(guided(guide, roles=("quality", "size", "latency"))), guide)
     with pytest.raises(ConfigError, match="above 0"):
         GuidedSampler(guide, tolerance=0.0)
+
+
+def test_a_trial_does_not_pay_for_what_others_share() -> None:
+    guide = make_guide(3)
+    study = begun(guided(guide))
+    for told in ({}, {"shared_s": 50.0}):
+        trial = create_trial(params={}, values=[0.9, 1.0], user_attrs=told)
+        assert trial.datetime_complete is not None
+        trial.datetime_start = trial.datetime_complete - timedelta(seconds=60)
+        study.add_trial(trial)
+    sampler = study.sampler
+    assert isinstance(sampler, GuidedSampler)
+    assert [fact.seconds for fact in sampler._read(study, guide).told(study)] == pytest.approx([60, 10])
 
 
 def test_two_thousand_trials_with_a_hundred_knobs_do_not_slow_it_down() -> None:

@@ -16,6 +16,7 @@ from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.prune import Prune
 from compressors.slim import Slim, spread, strengths
 from search.cache import Cache
+from search.trial import Clock
 from tests.context import make_context
 from tests.patterns import accuracy, patterns_context, taught
 from tests.zoo import NETS, build, images
@@ -228,6 +229,15 @@ def test_what_others_were_made_of_is_kept_beyond_the_bound_of_the_cache(tmp_path
     store.close()
     store.shrink()
     assert not [*store.folder.iterdir()]
+
+
+def test_the_seconds_of_slimming_are_shared() -> None:
+    net = build("residual")
+    for steps, shared in (((SLIM, cut(net, 0.5)), True), ((cut(net, 0.5), RECOVER), False)):
+        clock = Clock()
+        context = replace(make_context(net), shared=clock.shared)
+        compress(net, CompressionPlan(Target("any", "fp32"), steps, 3), METHODS, context)
+        assert (clock.shared_s > 0) == shared
 
 
 def test_what_is_pruned_is_the_slimmed_model() -> None:

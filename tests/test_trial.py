@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Deployed
 from evaluators.size import Size
+from search.answers import answer
 from search.cache import Cache
 from search.trial import Clock, Look, Midway, Stop, TrialRecord, Workbench
 from tests.studies import ACCURACY, RATIO, Gradually, make_search, refuse
@@ -42,6 +44,15 @@ def test_a_record_has_plan_measurements_seconds_and_what_was_achieved(tmp_path: 
     assert record.environment == {"cpu": "x"}
     assert deployed is not None
     assert [path.name for path in deployed.files] == ["model.json"]
+
+
+def test_seconds_that_others_share_are_told_to_samplers(tmp_path: Path) -> None:
+    bench, study = make_search(tmp_path, 1).workbench, optuna.create_study(directions=["maximize", "minimize"])
+    reference, examples = bench.reference(PLAIN.target, Clock()), bench.examples("validation")
+    for i, clock in enumerate([Clock(), Clock(shared_s=3.0)]):
+        record, _ = bench.run(i, PLAIN, reference, examples, empty(tmp_path / f"out{i}"), clock)
+        answer(study.ask(), record, ["accuracy", "latency_ratio"], ())
+    assert [trial.user_attrs.get("shared_s") for trial in study.trials] == [None, 3.0]
 
 
 def test_a_runtime_that_refuses_gives_a_record_with_the_reason(tmp_path: Path) -> None:
