@@ -15,9 +15,9 @@ from compressors.matching import FORMS, Match
 from compressors.mutual import learning_together, peer_of
 from compressors.pipeline import Applied, Batch, Context, loss_after
 from compressors.plan import Settings, Step, digest
+from compressors.precision import check_precision, in_bf16
 from compressors.recovery import Goal, Recovery, checked, number, training, whole_epochs
 
-PRECISIONS = ("auto", "fp32", "bf16")
 NONE = "none"
 ASSISTANTS = (NONE, "half")
 PEERS = (NONE, "mutual")
@@ -33,7 +33,7 @@ class Distill(Recovery):
     is cut short. Each begins with a fresh optimizer (SGDR with doubling periods, Loshchilov 2017, arXiv 1608.03983), so
     that more epochs of one plan go on where fewer ended. Unlike in SGDR, the learning rate of a round rises linearly
     over its first `warmup` share of steps before it falls along half a cosine. With `precision` bf16, convolutions and
-    matrix products are computed in bfloat16, which `auto` takes where the processor does so natively.
+    matrix products are computed in bfloat16, which `auto` takes where it is faster (compressors/precision.py).
 
     With `match`, what the models make of a batch inside is compared too (compressors/matching.py), `match_weight` times
     as much. The teacher's insides are not remembered: it computes every batch anew. What learns with the student
@@ -65,9 +65,7 @@ class Distill(Recovery):
         """Refuses rounds without an epoch as well, unknown precisions, and a parent that cannot be trained."""
         super().__post_init__()
         at_least(1, **{"compressor.distill.first_round": self.first_round})
-        if self.precision not in PRECISIONS:
-            problem = f"is {self.precision!r}"
-            raise ConfigError("compressor.distill.precision", problem, f"use one of {', '.join(PRECISIONS)}")
+        check_precision("compressor.distill.precision", self.precision)
         if self.parent is not None:
             try:
                 checked(self.method, self.parent)
@@ -116,7 +114,7 @@ class Distill(Recovery):
         assisted: Settings = {"assistant": "half"} if self.assistant(step) else {}
         if epochs == 0:
             return Applied({"": {"epochs": 0}})
-        goal = Goal.read(self.method, step.shared, context, self._half)
+        goal = Goal.read(self.method, step.shared, context, in_bf16(self.precision, model))
         match = FORMS[form](_with_batch_statistics(model), context.teacher, _few(context)) if form != NONE else None
         lesson = int(digest([seed, done]), 16)
         peer = peer_of(model, lesson) if mutual else None
@@ -127,11 +125,6 @@ class Distill(Recovery):
         matched: Settings = {"match": form, "match_weight": weight, "matched": len(match.places)} if match else {}
         paired: Settings = {"peer": "mutual"} if peer else {}
         return Applied({"": {**told, **matched, **paired, **assisted}})
-
-    @property
-    def _half(self) -> bool:
-        """Without the tile registers bfloat16 is emulated, and slower than float."""
-        return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_amx_tile_supported())
 
     def _train(
         self,

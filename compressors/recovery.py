@@ -16,6 +16,8 @@ from compressors.pipeline import Batch, Context, Stage
 from compressors.plan import Scalar, Settings
 
 PASSES = 4
+LEAST_MOMENTUM = 0.1
+"""Of batch norms that learn: at MobileNetV3's 0.01, 60 % of a statistic is still the old one after 50 steps."""
 FULL_RATE = 144
 
 
@@ -210,19 +212,30 @@ def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
 def training(model: nn.Module) -> Iterator[None]:
     """Every parameter learns inside; outside they are as they were, and the model is in eval mode.
 
-    Inside, channels come last in memory: convolutions and their gradients are faster so.
+    Inside, channels come last in memory: convolutions and their gradients are faster so. Batch norms that follow their
+    inputs more slowly than `LEAST_MOMENTUM` are as fast as that, because few steps must do.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     images = [p for p in model.parameters() if p.dim() == 4]
+    slow = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _is_slow(m)]
     try:
         model.train().requires_grad_(True)
+        for norm, _ in slow:
+            norm.momentum = LEAST_MOMENTUM
         for parameter in images:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
         model.eval()
+        for norm, momentum in slow:
+            norm.momentum = momentum
         for parameter in images:
             parameter.data = parameter.data.contiguous()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def _is_slow(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Without a momentum it averages over all batches; with 0 it was told to keep its statistics."""
+    return norm.momentum is not None and 0 < norm.momentum < LEAST_MOMENTUM

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from compressors.errors import ConfigError
 from compressors.pipeline import Batch
 from compressors.plan import digest
+from compressors.precision import check_precision, in_bf16
 from search.liveness import this_process
 from search.models import load_checkpoint
 from search.workload import Split, Splits, Task, split_digest, tensors_digest
@@ -25,18 +26,23 @@ Augment = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum on a one-cycle schedule (Smith 2017, arXiv 1708.07120)."""
+    """SGD with Nesterov momentum on a one-cycle schedule (Smith 2017, arXiv 1708.07120).
+
+    `precision` is that of the arithmetic: fp32, bf16, or auto for the faster one (compressors/precision.py).
+    """
 
     epochs: int = 10
     learning_rate: float = 0.1
     batch: int = 32
     weight_decay: float = 5e-4
     seed: int = 0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "batch"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.training.{name}", f"is {getattr(self, name)}", "must be above zero")
+        check_precision("model.training.precision", self.precision)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def _key(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe) -> str:
         {
             "network": repr(model),
             "start": tensors_digest(model.state_dict().values()),
-            "recipe": asdict(recipe),
+            "recipe": asdict(replace(recipe, precision="bf16" if in_bf16(recipe.precision, model) else "fp32")),
             "loss": getattr(loss, "__qualname__", repr(loss)),
             "augment": repr(getattr(splits.augment, "keywords", splits.augment is not None)),
             "data": split_digest(splits.train),
@@ -124,13 +130,14 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
     per_epoch = len(splits.train) // batch
     at = TrainingProgress(0, recipe.epochs * per_epoch, 0, recipe.epochs, math.nan, None)
     optimizer, schedule = _optimizer(model, recipe, at.steps)
+    half = in_bf16(recipe.precision, model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         for epoch in range(1, recipe.epochs + 1):
             model.train()
             for data in splits.train.batches(batch, shuffle=True):
-                value = _step(model, data, loss, optimizer, splits.augment)
+                value = _step(model, data, loss, optimizer, splits.augment, half)
                 schedule.step()
                 at = replace(at, step=at.step + 1, loss=value)
                 watch(at)
@@ -148,11 +155,15 @@ def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
     return optimizer, OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.25)
 
 
-def _step(model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.SGD, augment: Augment | None) -> float:
+def _step(
+    model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.SGD, augment: Augment | None, half: bool
+) -> float:
     inputs, targets = data
     assert targets is not None  # noqa: S101  `trained` refuses data without labels
     varied = inputs if augment is None else (augment(inputs[0]), *inputs[1:])
-    value = loss(model(*varied), targets)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=half):
+        outputs = model(*varied).float()
+    value = loss(outputs, targets)
     if not torch.isfinite(value):
         raise ConfigError("model.training", f"the loss became {value.item()}", "lower model.training.learning_rate")
     optimizer.zero_grad()

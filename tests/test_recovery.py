@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressors.recovery import distillation_loss, schedule
+from compressors.recovery import LEAST_MOMENTUM, distillation_loss, schedule, training
 from tests.zoo import CLASSES
 
 
@@ -57,3 +57,19 @@ def test_the_rate_rises_and_falls(done: float, share: float) -> None:
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert schedule(0.0, 0.0) == 1.0
+
+
+def test_batch_norms_that_are_slow_to_follow_are_faster_while_they_learn() -> None:
+    momenta = [0.01, 0.0, 0.3, None]
+    norms = [nn.BatchNorm2d(3, momentum=momentum) for momentum in momenta]
+    with training(nn.Sequential(*norms)):
+        assert [norm.momentum for norm in norms] == [LEAST_MOMENTUM, 0.0, 0.3, None]
+    assert [norm.momentum for norm in norms] == momenta
+
+
+def test_a_few_steps_are_enough_for_the_statistics_of_a_slow_norm() -> None:
+    norm = nn.BatchNorm1d(2, momentum=0.01)
+    with training(norm):
+        for _ in range(40):
+            norm(torch.tensor([[4.0, 9.0], [6.0, 11.0]]))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([5.0, 10.0]), rtol=0.05, atol=0)

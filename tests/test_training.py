@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,9 +143,30 @@ def test_without_labels_there_is_nothing_to_train_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": -0.1}, {"batch": 0}])
-def test_a_senseless_recipe_is_refused(wrong: dict[str, int]) -> None:
+def test_a_senseless_recipe_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"model.training.{next(iter(wrong))}"):
         replace(RECIPE, **wrong)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.training\.precision"):
+        replace(RECIPE, precision="half")
+
+
+def test_in_bfloat16_the_weights_stay_float_and_come_out_otherwise(tmp_path: Path) -> None:
+    whole = trained(network(), splits(), classification(), RECIPE, tmp_path)
+    half = trained(network(), splits(), classification(), replace(RECIPE, precision="bf16"), tmp_path)
+    assert all(p.dtype is torch.float32 for p in half.parameters())
+    assert accuracy(half, splits().test) >= 0.9
+    assert not torch.equal(weights(half), weights(whole))
+
+
+def test_the_faster_precision_is_the_same_training_as_the_one_it_turns_out_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    trained(network(), splits(), classification(), replace(RECIPE, precision="auto"), tmp_path)
+    trained(network(), splits(), classification(), RECIPE, tmp_path, lambda _: pytest.fail("it is kept"))
 
 
 @pytest.mark.slow
