@@ -10,10 +10,12 @@ predictions and a latency ratio inside their band, and which share of a trial's 
     .venv/bin/python scripts/bench.py compare digits --methods tpe,nsga2 --seeds 0-4 --retime
     .venv/bin/python scripts/bench.py table [FOLDER ...]
     .venv/bin/python scripts/bench.py families --minutes 5 [option=value ...]
+    .venv/bin/python scripts/bench.py case resnet50 [option=value ...]
 
 run methods and rival tools under one protocol (benchmarks/README.md), read the latencies of their fronts again on a
-quiet machine, and write a table and a picture beside the results; and search with each family of methods alone and with
-all of them together.
+quiet machine, and write a table and a picture beside the results; search with each family of methods alone and with
+all of them together; and compress a network that the literature names (resnet50, mobilenet_v3), with a table of what it
+came to.
 """
 
 import json
@@ -34,7 +36,7 @@ from rich.console import Console
 from evaluators.latency import Latency
 from evaluators.machine import machine, versions
 from evaluators.runtime import Deployed
-from scripts import compare, families
+from scripts import cases, compare, families
 from scripts.contestant import Job, perform, train
 from scripts.summary import summarise
 from search import build
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         "predict": lambda: print(json.dumps(predictions(build.compose(rest[1:]), int(rest[0])))),
         "compare": lambda: compare.main(rest),
         "families": lambda: families.main(rest),
+        "case": lambda: cases.main(rest),
         "table": lambda: _tables([Path(word) for word in rest]),
         "train": lambda: train(Job(**json.loads(rest[0]))),
         "run": lambda: perform(Job(**json.loads(rest[0])), float(rest[1])),

@@ -9,6 +9,7 @@ from statistics import median
 
 from rich.console import Console
 
+from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search.loop import INTERRUPTED, STOPPED
@@ -155,6 +156,10 @@ def _recorded_test(tracker: Tracker, study: StudyRun, champion: TrialRecord) -> 
 def _on_test(search: Search, record: TrialRecord) -> Measurement:
     bench, target = search.workbench, record.plan.target
     deployed = Deployed(bench.runtimes[target.runtime], search.tracker.model_folder(record), target.precision, ())
-    (judge,) = (e for e in bench.evaluators.values() if any(m.name == search.quality for m in e.metrics()))
-    measured = judge.measure(deployed, deployed, bench.examples("test"))
-    return next(m for m in measured if m.name == search.quality)
+    return quality_of(search, deployed, bench.examples("test"))
+
+
+def quality_of(search: Search, deployed: Deployed, examples: Examples) -> Measurement:
+    """What the study's judge says of these files on these examples."""
+    (judge,) = (e for e in search.workbench.evaluators.values() if any(m.name == search.quality for m in e.metrics()))
+    return next(m for m in judge.measure(deployed, deployed, examples) if m.name == search.quality)
