@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compressors.layers import hooked
 from compressors.pipeline import Batch
 from compressors.plan import digest
-from compressors.recovery import Goal, distillation_loss, training
+from compressors.recovery import Goal, training
 
 NOISE = 0.1
 """How far a peer's weights are moved away, as a share of their root mean square; more costs more than it tells."""
@@ -43,8 +43,8 @@ def learning_together(student: nn.Module, peer: nn.Module, goal: Goal) -> Iterat
         def pull(batch: Batch) -> Tensor:
             own = goal.loss(peer, batch)
             mine, other = ours[-1].float(), theirs[-1].float()
-            learned = distillation_loss(mine, other.detach(), goal.temperature)
-            taught = distillation_loss(other, mine.detach(), goal.temperature)
+            learned = goal.imitation(mine, other.detach(), goal.temperature)
+            taught = goal.imitation(other, mine.detach(), goal.temperature)
             return own + learned + taught
 
         yield pull

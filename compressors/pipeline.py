@@ -53,10 +53,12 @@ class Context:
 
     `loss` takes `(output, target)` and gives a scalar; it is None where the data has no labels. `train` yields freshly
     shuffled (and augmented) batches, one pass a call; `calibration` always yields the same batches. `answers` gives the
-    teacher's output, perhaps from memory; without it the teacher is asked. `between_rounds` hears, before every round
-    of a `Growing` method but the first, where this leads and what was achieved by then; it may raise to end it.
-    `shared` is entered around work that other plans will find done: assistants, parents and what prepares.
-    `prepared` is there once a model was trained before anything is taken out of it.
+    teacher's output, perhaps from memory; without it the teacher is asked. `imitation` takes the student's output, the
+    teacher's and a temperature, and gives a scalar; None is for logits, `distillation_loss` in compressors/recovery.py.
+    `between_rounds` hears, before every round of a `Growing` method but the first, where this leads and what was
+    achieved by then; it may raise to end it. `shared` is entered around work that other plans will find done:
+    assistants, parents and what prepares. `prepared` is there once a model was trained before anything is taken out of
+    it.
     """
 
     teacher: nn.Module
@@ -66,6 +68,7 @@ class Context:
     loss: Callable[[Tensor, Tensor], Tensor] | None
     progress: Callable[[str], None] = lambda _text: None
     answers: Callable[..., Tensor] | None = None
+    imitation: Callable[[Tensor, Tensor, float], Tensor] | None = None
     between_rounds: "Callable[[Step, Achieved], None]" = lambda _step, _achieved: None
     shared: Callable[[], AbstractContextManager[None]] = nullcontext
     prepared: nn.Module | None = None

@@ -35,6 +35,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence.sum(-1).mean()
 
 
+def embedding_loss(student: Tensor, teacher: Tensor, _temperature: float) -> Tensor:
+    """Mean over examples of one minus the cosine of embeddings `(..., width)`, which have no doubts to be heated up."""
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
 def schedule(done: float, warmup: float) -> float:
     """The learning rate as a share of its peak, `done` of a round being through: up along a line, down a cosine."""
     if done < warmup:
@@ -73,6 +78,7 @@ class Goal:
     method: str
     teacher: Callable[..., Tensor]
     label_loss: Callable[[Tensor, Tensor], Tensor] | None
+    imitation: Callable[[Tensor, Tensor, float], Tensor]
     temperature: float
     weight: float
     learning_rate: float
@@ -82,7 +88,8 @@ class Goal:
     def read(cls, method: str, settings: Settings, context: Context, half: bool) -> "Goal":
         """From `temperature`, `weight` of the teacher's term (the labels get the rest) and `learning_rate`."""
         temperature, weight, rate = checked(method, settings)
-        return cls(method, context.answers or context.teacher, context.loss, temperature, weight, rate, half)
+        teacher, imitation = context.answers or context.teacher, context.imitation or distillation_loss
+        return cls(method, teacher, context.loss, imitation, temperature, weight, rate, half)
 
     def loss(self, student: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Without labels only the teacher counts, who is not asked where only labels do; `Infeasible` without both."""
@@ -102,7 +109,7 @@ class Goal:
     def _imitation(self, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.half):
             wanted = self.teacher(*inputs).float()
-        return distillation_loss(output, wanted, self.temperature)
+        return self.imitation(output, wanted, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def quantize(model: ov.Model, batches: list[dict[str, Array]], recipe: Recipe) -
             preset=nncf.QuantizationPreset.PERFORMANCE if recipe.symmetric else nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
             model_type=nncf.ModelType.TRANSFORMER if products else None,
-            # In bf16 the plugin gave wrong products of two 8-bit activations, and they saved little time in any case.
+            # In bf16 the plugin gave wrong products of two 8-bit activations; rounding them saved no time either.
             ignored_scope=nncf.IgnoredScope(
                 names=products, types=["Gather", "LSTMSequence", "GRUSequence"], validate=False
             ),

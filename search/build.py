@@ -194,7 +194,7 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
         # Without a judge by labels, the network itself may still have learnt from them.
         lesson = task if task.loss or splits.train.targets is None else classification()
         model = trained(model, splits, lesson, recipe, cache / "trained", watch)
-    else:
+    elif model_config.network.get("source") is None:  # with one, it came with its weights
         raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
     return Workload(f"{config.model.name}-{config.data.name}", model.eval().requires_grad_(False), splits, task)
 

@@ -3,7 +3,7 @@
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,25 @@ class Recipe:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.training.{name}", f"is {getattr(self, name)}", "must be above zero")
         check_precision("model.training.precision", self.precision)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """At the peak of the schedule."""
+        return torch.optim.SGD(
+            parameters, lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
+
+
+@dataclass(frozen=True)
+class FineTuning(Recipe):
+    """AdamW (Loshchilov 2019, arXiv 1711.05101) on the same schedule: for transformers, which SGD hardly moves."""
+
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """At the peak of the schedule."""
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,10 @@ def _key(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe) -> str:
         {
             "network": repr(model),
             "start": tensors_digest(model.state_dict().values()),
-            "recipe": asdict(replace(recipe, precision="bf16" if in_bf16(recipe.precision, model) else "fp32")),
+            "recipe": {
+                "kind": type(recipe).__name__,
+                **asdict(replace(recipe, precision="bf16" if in_bf16(recipe.precision, model) else "fp32")),
+            },
             "loss": getattr(loss, "__qualname__", repr(loss)),
             "augment": repr(getattr(splits.augment, "keywords", splits.augment is not None)),
             "data": split_digest(splits.train),
@@ -129,7 +151,7 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
     batch = min(recipe.batch, len(splits.train))
     per_epoch = len(splits.train) // batch
     at = TrainingProgress(0, recipe.epochs * per_epoch, 0, recipe.epochs, math.nan, None)
-    optimizer, schedule = _optimizer(model, recipe, at.steps)
+    optimizer, schedule = _scheduled(model, recipe, at.steps)
     half = in_bf16(recipe.precision, model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     with torch.random.fork_rng(devices=[]):
@@ -146,17 +168,14 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.SGD, OneCycleLR]:
-    rate = recipe.learning_rate
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-    )
+def _scheduled(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+    optimizer = recipe.optimizer(model.parameters())
     # One step more than is made: with a single one the schedule would divide by zero.
-    return optimizer, OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.25)
+    return optimizer, OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.25)
 
 
 def _step(
-    model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.SGD, augment: Augment | None, half: bool
+    model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.Optimizer, augment: Augment | None, half: bool
 ) -> float:
     inputs, targets = data
     assert targets is not None  # noqa: S101  `trained` refuses data without labels

@@ -383,6 +383,7 @@ class Workbench:
             loss=self.workload.task.loss,
             progress=lambda text: clock.watch(f"{clock.phase}: {text}"),
             answers=self._teacher,
+            imitation=self.workload.task.imitation,
             between_rounds=between_rounds,
             shared=clock.shared,
         )

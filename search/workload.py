@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 from compressors.errors import ConfigError
 from compressors.pipeline import Batch
 from compressors.plan import digest
+from compressors.recovery import embedding_loss
 
 SPLITS = ("train", "calibration", "validation", "test")
 
@@ -81,10 +82,14 @@ def _check(split: Split, classes: int, path: str) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """How good an output is: a loss `(output, target) -> scalar` for recovery, or None where there are no labels."""
+    """How good an output is: a loss `(output, target) -> scalar` for recovery, or None where there are no labels.
+
+    `imitation` is how far a student's output is from its teacher's, at a temperature; None where outputs are logits.
+    """
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor] | None
+    imitation: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
 
 def classification() -> Task:
@@ -95,6 +100,14 @@ def classification() -> Task:
 def fidelity() -> Task:
     """No labels: a candidate is good when it says what the uncompressed model says."""
     return Task("fidelity", None)
+
+
+def embedding() -> Task:
+    """No labels, and outputs `(n, width)` whose direction alone counts.
+
+    Where losses are predicted they pass for logits: of entries so small, the divergence is their squared distance.
+    """
+    return Task("embedding", None, embedding_loss)
 
 
 @dataclass(frozen=True)

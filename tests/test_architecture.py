@@ -25,6 +25,7 @@ HOMES = {
     "onnx": {f"evaluators/{name}.py" for name in ("export", "onnxruntime", "onnxruntime_int8", "packed_onnx")},
     "torch_pruning": {"compressors/channels.py"},
     "sklearn": {"search/data.py"},
+    "transformers": {"search/pretrained.py", "search/text.py"},
     "matplotlib": {"search/picture.py", "search/page.py", "search/heatmap.py"},
 }
 

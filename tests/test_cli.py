@@ -89,7 +89,10 @@ def refused(place: Path, command: Callable[..., int], capsys: pytest.CaptureFixt
 OPTIONS = {
     "an unknown option": ("budget.minuts=3", "did you mean budget.minutes?"),
     "an unknown group": ("compresor.quantize=1", "did you mean compressor.quantize?"),
-    "an unknown option of a group": ("model=resnet21", "use resnet18, resnet20, torchvision"),
+    "an unknown option of a group": (
+        "model=resnet21",
+        "use image_classifier, resnet18, resnet20, sentence_encoder, text_classifier, torchvision",
+    ),
     "an unknown member of a list": (
         "compressor=[quantise]",
         "use adapt, cluster, depth, distill, heads, lowrank, prune, qat, quantize, separable, slim, smooth, sparsify",

@@ -27,7 +27,13 @@ LAUNCHERS = {
 }
 NODES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LISTS = ("compressor", "runtime", "evaluator")
-MANDATORY = {"image_folder": ["data.folder=x"], "postgresql": ["storage.url=x"]}
+PRETRAINED = ("image_classifier", "sentence_encoder", "text_classifier")  # tests/test_pretrained.py makes them
+MANDATORY = {
+    "image_folder": ["data.folder=x"],
+    "sentences": ["data.file=x", "data.tokenizer=x"],
+    "postgresql": ["storage.url=x"],
+    **{name: ["model.network.source=x"] for name in PRETRAINED},
+}
 
 
 def nodes(group: str) -> list[str]:
@@ -71,7 +77,12 @@ def test_a_data_set_takes_its_arguments(name: str) -> None:
 @pytest.mark.parametrize("name", nodes("model"))
 def test_a_network_can_be_made_and_its_recipe_too(name: str) -> None:
     fields = node("model", name)
-    assert instantiate(fields["network"], classes=4, channels=1)(torch.zeros(2, 1, 32, 32)).shape == (2, 4)
+    if name in PRETRAINED:
+        inspect.signature(get_method(fields["network"].pop("_target_"))).bind(
+            classes=4, channels=1, **fields["network"]
+        )
+    else:
+        assert instantiate(fields["network"], classes=4, channels=1)(torch.zeros(2, 1, 32, 32)).shape == (2, 4)
     assert fields["training"] is None or instantiate(fields["training"]).epochs > 0
     assert fields["checkpoint"] is None
 

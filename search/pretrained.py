@@ -1,0 +1,156 @@
+"""Networks of the transformers library, with the weights of a folder or hub, or with random ones; trains nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  the name all torch code uses
+
+import search.torchvision_compat  # noqa: F401  transformers imports torchvision
+from compressors.errors import ConfigError
+
+Settings = Mapping[str, Any]
+HEADS = ("new", "kept")
+# Pickles, whose code would be run, and formats of other programs.
+FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml")
+
+
+class SentenceEncoder(nn.Module):
+    """The mean of the last hidden states over the words that count, brought to length 1 (Reimers 2019, 1908.10084)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Two tensors `(n, tokens)`, of which the second has a 1 for each word that counts, to `(n, width)`."""
+        hidden: Tensor = self.body(input_ids=words, attention_mask=mask).last_hidden_state
+        counts = mask[..., None].to(hidden.dtype)
+        # Not their mean, whose length would be taken out again.
+        return F.normalize((hidden * counts).sum(1), dim=-1)
+
+
+class TextClassifier(nn.Module):
+    """Logits of whole texts."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Two tensors `(n, tokens)`, of which the second has a 1 for each word that counts, to `(n, classes)`."""
+        logits: Tensor = self.body(input_ids=words, attention_mask=mask).logits
+        return logits
+
+
+class ImageClassifier(nn.Module):
+    """Logits of pictures."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(n, channels, height, width)` to `(n, classes)`."""
+        logits: Tensor = self.body(pixel_values=images).logits
+        return logits
+
+
+def sentence_encoder(source: str | None = None, config: Settings | None = None, **_data: int) -> nn.Module:
+    """An encoder with the weights of `source`, a folder or a name on the hub; or one with random weights by `config`.
+
+    `config` holds `model_type` and whatever else differs from the library's settings for it.
+    """
+    body = _network("AutoModel", source, config, {})
+    if getattr(body, "pooler", None) is not None:
+        # It would be computed for nothing, and exporters leave it out.
+        setattr(body, "pooler", None)  # noqa: B010  the type of a module's attribute leaves no room for none
+    return SentenceEncoder(body)
+
+
+def text_classifier(
+    classes: int, source: str | None = None, config: Settings | None = None, head: str = "new", **_data: int
+) -> nn.Module:
+    """A classifier of texts, as `sentence_encoder` is made; with a `head` new, the last layers begin at random."""
+    return TextClassifier(
+        _network("AutoModelForSequenceClassification", source, config, {"num_labels": classes}, _is_new(head))
+    )
+
+
+def image_classifier(
+    classes: int, channels: int, source: str | None = None, config: Settings | None = None, head: str = "new"
+) -> nn.Module:
+    """A classifier of pictures such as ViT or DeiT, as `text_classifier` is made."""
+    shape = {"num_labels": classes, "num_channels": channels}
+    return ImageClassifier(_network("AutoModelForImageClassification", source, config, shape, _is_new(head)))
+
+
+def _is_new(head: str) -> bool:
+    if head not in HEADS:
+        raise ConfigError("model.network.head", f"is {head!r}", f"use one of {', '.join(HEADS)}")
+    return head == "new"
+
+
+def _network(
+    kind: str, source: str | None, config: Settings | None, shape: Mapping[str, int], new_head: bool = False
+) -> nn.Module:
+    """One of the library's automatic classes; attention is written out, with a mask that is finite for calibration."""
+    import transformers
+
+    if (source is None) == (config is None):
+        problem = "is not set" if source is None else "is set, and so is model.network.config"
+        raise ConfigError(
+            "model.network.source", problem, "give either a folder with weights or a config, and not both"
+        )
+    auto, options = getattr(transformers, kind), {"attn_implementation": "eager", **shape}
+    if config is not None:
+        model: nn.Module = auto.from_config(_configured(config, shape), attn_implementation="eager")
+        return model
+    _check_folder(str(source))
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # of what does not fit, this module tells itself
+    try:
+        model, told = auto.from_pretrained(
+            str(source),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = f"{source} cannot be loaded ({' '.join(str(error).split())[:160]})"
+        remedy = "give a folder with config.json and model.safetensors, or a name on a hub that can be reached"
+        raise ConfigError("model.network.source", problem, remedy) from error
+    missing = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
+    if missing and not new_head:
+        problem = f"{source} has no weights for {', '.join(missing[:3])}"
+        raise ConfigError("model.network.source", problem, "give a checkpoint of this kind, or train a new head")
+    return model
+
+
+def _configured(config: Settings, shape: Mapping[str, int]) -> Any:
+    from transformers import AutoConfig
+
+    given = {**config, **shape}
+    try:
+        return AutoConfig.for_model(str(given.pop("model_type", "")), **given)
+    except (ValueError, TypeError) as error:
+        problem = f"makes no network ({' '.join(str(error).split())[:120]})"
+        raise ConfigError(
+            "model.network.config", problem, "name a model_type such as bert, and its settings"
+        ) from error
+
+
+def _check_folder(source: str) -> None:
+    """Refuses a folder whose weights would have to be unpickled, or are another program's."""
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        problem = f"{source} is a file"
+        raise ConfigError("model.network.source", problem, "give the folder of config.json and model.safetensors")
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    foreign = sorted(path.name for pattern in FOREIGN for path in folder.glob(pattern))
+    problem = f"{source} has weights in {foreign[0]} only" if foreign else f"{source} has no model.safetensors"
+    raise ConfigError("model.network.source", problem, "save the model as safetensors: model.save_pretrained(FOLDER)")
