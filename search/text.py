@@ -47,7 +47,8 @@ def sentences(
 def _read(path: Path) -> tuple[list[str], list[str]]:
     """The sentences, and as many labels or none; empty lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which takes some characters inside of sentences for ends as well.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'it is no UTF-8'})"
         raise ConfigError("data.file", problem, "give a text file with one sentence a line") from error
