@@ -11,12 +11,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from optuna.trial import FixedTrial
-from torch import nn
 
 from compressors.errors import ConfigError
 from compressors.plan import CompressionPlan, Target
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement
+from evaluators.parameters import Parameters
 from evaluators.runtime import Deployed, Runtime
 from evaluators.stopwatch import own_environment
 from scripts.eager import Eager
@@ -145,12 +145,8 @@ def _version(
             record = TrialRecord(-1, plan, measured, None, {}, artifact.achieved, bench.environment)
         else:
             deployed = replace(deployed, folder=search.tracker.model_folder(record))
-        return Version(roles, record, quality_of(search, deployed, examples["test"]), parameters(artifact.model))
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers the network was trained to have; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        (parameters,) = Parameters().measure(deployed, reference, examples["test"])
+        return Version(roles, record, quality_of(search, deployed, examples["test"]), int(parameters.value))
 
 
 def table(command: str, versions: Sequence[Version]) -> Iterator[str]:

@@ -108,8 +108,9 @@ class Cache:
         with _held(self.folder / prefix):
             try:
                 return read(path)
-            except (SafetensorError, OSError):
-                # Half a file of a crashed machine, or gone since we looked: it is simply made again.
+            except (SafetensorError, OSError, _Unfit):
+                # Half a file of a crashed machine, gone since we looked, or made on top of what has been made
+                # differently since: it is simply made again.
                 path.unlink(missing_ok=True)
                 return None
 
@@ -127,9 +128,18 @@ class Cache:
         return self._sizes[entry][1]
 
 
+class _Unfit(Exception):
+    """What is stored has other shapes than the model that it is for."""
+
+
 def _read_weights(path: Path, model: nn.Module) -> Mapping[str, Achieved]:
     with safe_open(path, framework="pt") as stored:
         achieved = json.loads(stored.metadata()["achieved"])
+        stored_shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118  no dict
+    # Before any is loaded: half of them would be worse than none.
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not stored_shapes.items() <= shapes.items():
+        raise _Unfit
     load_model(model, path)
     return cast(Mapping[str, Achieved], achieved)
 

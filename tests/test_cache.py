@@ -59,6 +59,15 @@ def test_a_torn_file_is_thrown_away_and_can_be_written_again(share: float, tmp_p
     assert store.load("abc", net) == ACHIEVED
 
 
+def test_weights_of_another_shape_are_thrown_away_before_any_is_loaded(tmp_path: Path) -> None:
+    store, net = Cache(tmp_path), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    store.save("abc", nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)), ACHIEVED)
+    before = [parameter.clone() for parameter in net.parameters()]
+    assert store.load("abc", net) is None
+    assert all(map(torch.equal, net.parameters(), before))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_saving_leaves_one_file_and_nothing_half_written(tmp_path: Path) -> None:
     store = Cache(tmp_path)
     for _ in range(2):
