@@ -107,12 +107,13 @@ def _network(
     if config is not None:
         model: nn.Module = auto.from_config(_configured(config, shape), attn_implementation="eager")
         return model
-    _check_folder(str(source))
+    place = str(Path(str(source)).expanduser())
+    _check_folder(Path(place))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of what does not fit, this module tells itself
     try:
         model, told = auto.from_pretrained(
-            str(source),
+            place,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -120,7 +121,7 @@ def _network(
             **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"{source} cannot be loaded ({' '.join(str(error).split())[:160]})"
+        problem = f"{source} cannot be loaded ({' '.join(str(error).split()).partition('. ')[0][:160]})"
         remedy = "give a folder with config.json and model.safetensors, or a name on a hub that can be reached"
         raise ConfigError("model.network.source", problem, remedy) from error
     missing = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
@@ -143,14 +144,13 @@ def _configured(config: Settings, shape: Mapping[str, int]) -> Any:
         ) from error
 
 
-def _check_folder(source: str) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuses a folder whose weights would have to be unpickled, or are another program's."""
-    folder = Path(source).expanduser()
     if folder.is_file():
-        problem = f"{source} is a file"
+        problem = f"{folder} is a file"
         raise ConfigError("model.network.source", problem, "give the folder of config.json and model.safetensors")
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     foreign = sorted(path.name for pattern in FOREIGN for path in folder.glob(pattern))
-    problem = f"{source} has weights in {foreign[0]} only" if foreign else f"{source} has no model.safetensors"
+    problem = f"{folder} has weights in {foreign[0]} only" if foreign else f"{folder} has no model.safetensors"
     raise ConfigError("model.network.source", problem, "save the model as safetensors: model.save_pretrained(FOLDER)")

@@ -71,7 +71,7 @@ def _tokenizer(source: str, tokens: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(Path(source).expanduser()), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        problem = f"{source} holds none that can be read ({' '.join(str(error).split())[:120]})"
+        problem = f"{source} holds none that can be read ({' '.join(str(error).split()).partition('. ')[0][:160]})"
         raise ConfigError("data.tokenizer", problem, "give a folder with tokenizer.json and its config") from error
     if tokenizer.pad_token_id is None:
         problem = f"{source} has no token to fill sentences up with"
