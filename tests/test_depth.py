@@ -15,6 +15,7 @@ from compressors.pipeline import Context
 from compressors.plan import Step
 from search.models import resnet18, resnet20
 from tests.context import make_context
+from tests.test_heads import FAMILIES, shown
 from tests.zoo import Block, build, images
 
 
@@ -171,6 +172,12 @@ def _bert_with_mask() -> nn.Module:
             return hidden[:, 0]
 
     return Bert()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_of_transformers_are_blocks_wherever_their_norms_are(name: str) -> None:
+    found = Depth().groups(FAMILIES[name].build(), (shown(name),))
+    assert list(found) == [FAMILIES[name].block.format(number) for number in range(2)]
 
 
 LAYERS = tuple(f"body.encoder.layer.{i}" for i in range(3))
