@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
@@ -64,8 +65,7 @@ def sentence_encoder(source: str | None = None, config: Settings | None = None, 
     """
     body = _network("AutoModel", source, config, {})
     if getattr(body, "pooler", None) is not None:
-        # It would be computed for nothing, and exporters leave it out.
-        setattr(body, "pooler", None)  # noqa: B010  the type of a module's attribute leaves no room for none
+        body.add_module("pooler", None)  # it would be computed for nothing, and exporters leave it out
     return SentenceEncoder(body)
 
 
@@ -100,20 +100,22 @@ def _network(
 
     if (source is None) == (config is None):
         problem = "is not set" if source is None else "is set, and so is model.network.config"
-        raise ConfigError(
-            "model.network.source", problem, "give either a folder with weights or a config, and not both"
-        )
-    auto, options = getattr(transformers, kind), {"attn_implementation": "eager", **shape}
+        raise ConfigError("model.network.source", problem, "give a folder with weights or a config, and not both")
+    auto, options = getattr(transformers, kind), {"attn_implementation": "eager", "dtype": torch.float32}
     if config is not None:
-        model: nn.Module = auto.from_config(_configured(config, shape), attn_implementation="eager")
-        return model
-    place = str(Path(str(source)).expanduser())
-    _check_folder(Path(place))
+        made: nn.Module = auto.from_config(_configured(config, shape), **options)
+        return made
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of what does not fit, this module tells itself
+    return _loaded(auto, Path(str(source)).expanduser(), {**options, **shape}, new_head)
+
+
+def _loaded(auto: Any, source: Path, options: Settings, new_head: bool) -> nn.Module:
+    """With the weights of a folder, or of what the hub has under this name; without code of theirs."""
+    _check_folder(source)
     try:
         model, told = auto.from_pretrained(
-            place,
+            str(source),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -128,7 +130,8 @@ def _network(
     if missing and not new_head:
         problem = f"{source} has no weights for {', '.join(missing[:3])}"
         raise ConfigError("model.network.source", problem, "give a checkpoint of this kind, or train a new head")
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def _configured(config: Settings, shape: Mapping[str, int]) -> Any:

@@ -56,6 +56,13 @@ def test_an_embedding_is_the_mean_over_the_words_that_count(folder: Path) -> Non
         torch.testing.assert_close(encoder(words, mask), alone.expand(2, -1), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_half_precision_are_widened(folder: Path, tmp_path: Path) -> None:
+    from transformers import BertModel
+
+    BertModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    assert {p.dtype for p in sentence_encoder(str(tmp_path)).parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("make", [text_classifier, sentence_encoder])
 def test_a_configuration_gives_random_weights_from_the_seed(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(3)
@@ -113,7 +120,7 @@ def test_weights_that_are_no_safetensors_are_refused(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({}, r"source: is not set; give either"),
+        ({}, r"source: is not set; give a folder with weights or"),
         ({"source": "x", "config": CONFIG}, r"source: is set, and so is model\.network\.config"),
         ({"source": __file__}, r"source: .* is a file"),
         ({"config": {"model_type": "bart-like"}}, r"config: makes no network"),
