@@ -149,8 +149,10 @@ def _adding(block: nn.Module, call: _Call) -> list[str] | None:
     """The layers whose silence is enough for the block to pass its input on; None if that never happens."""
     layers = [name for name, module in block.named_modules() if any(True for _ in module.parameters(recurse=False))]
     norms = {name: module.eps for name, module in block.named_modules() if isinstance(module, nn.LayerNorm)}
-    normed = F.layer_norm(call.hidden, call.hidden.shape[-1:], eps=max(norms.values(), default=0.0))
-    for plain, left in (((), call.hidden), (norms, normed)):
+    ways: list[tuple[Iterable[str], Tensor]] = [((), call.hidden)]
+    if norms:
+        ways.append((norms, F.layer_norm(call.hidden, call.hidden.shape[-1:], eps=max(norms.values()))))
+    for plain, left in ways:
         needed = [name for name in layers if name not in plain]
         if not _passes(block, needed, plain, call, left):
             continue

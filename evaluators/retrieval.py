@@ -64,9 +64,12 @@ def _ranks(original: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDA
 
 def _ranks_of(rows: range, wanted: NDArray[np.float64], got: NDArray[np.float64]) -> NDArray[np.intp]:
     queries = np.arange(len(rows))
-    nearest = _without_itself(wanted[rows] @ wanted.T, rows).argmax(axis=1)
+    original = _without_itself(wanted[rows] @ wanted.T, rows)
     found = _without_itself(got[rows] @ got.T, rows)
-    return np.asarray((found > found[queries, nearest][:, None]).sum(axis=1))
+    nearest = original.argmax(axis=1)
+    best, still = original[queries, nearest][:, None], found[queries, nearest][:, None]
+    # What only the candidate takes for the same counts against it: one that always says the same finds none.
+    return np.asarray(((found > still) | ((found == still) & (original < best))).sum(axis=1))
 
 
 def _without_itself(similarities: NDArray[np.float64], rows: range) -> NDArray[np.float64]:

@@ -48,7 +48,7 @@ def rated_sentences(source: bytes) -> dict[str, bytes]:
         with tarfile.open(fileobj=outer.extractfile(inner)) as archive:
             ratings = archive.extractfile(RATED)
             assert ratings is not None  # noqa: S101  the digest says that it is a file
-            rows = [line.split("\t") for line in ratings.read().decode("latin-1").splitlines()]
+            rows = [line.split("\t") for line in ratings.read().decode("latin-1").split("\n") if line]
     pairs = [(" ".join(text.split()), float(rating)) for _, rating, text in rows]
     signs = [f"{text}\t{'positive' if rating > 0 else 'negative'}\n" for text, rating in pairs if rating != 0]
     return {"texts.txt": "".join(f"{text}\n" for text, _ in pairs).encode(), "reviews.txt": "".join(signs).encode()}

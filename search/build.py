@@ -194,8 +194,10 @@ def build_workload(config: DictConfig, cache: Path, watch: Watch) -> Workload:
         # Without a judge by labels, the network itself may still have learnt from them.
         lesson = task if task.loss or splits.train.targets is None else classification()
         model = trained(model, splits, lesson, recipe, cache / "trained", watch)
-    elif model_config.network.get("source") is None:  # with one, it came with its weights
-        raise ConfigError("model.checkpoint", "is not set and model.training is null", "set one of them")
+    elif model_config.network.get("source") is None or model_config.network.get("head") == "new":
+        # With a source it came with its weights, but perhaps not with those of a head.
+        remedy = "set one of them" + (", or model.network.head=kept" if "head" in model_config.network else "")
+        raise ConfigError("model.checkpoint", "is not set and model.training is null", remedy)
     return Workload(f"{config.model.name}-{config.data.name}", model.eval().requires_grad_(False), splits, task)
 
 

@@ -72,7 +72,7 @@ def sentence_encoder(source: str | None = None, config: Settings | None = None, 
 def text_classifier(
     classes: int, source: str | None = None, config: Settings | None = None, head: str = "new", **_data: int
 ) -> nn.Module:
-    """A classifier of texts, as `sentence_encoder` is made; with a `head` new, the last layers begin at random."""
+    """A classifier of texts, as `sentence_encoder` is made; a `head` new that does not fit begins at random."""
     return TextClassifier(
         _network("AutoModelForSequenceClassification", source, config, {"num_labels": classes}, _is_new(head))
     )

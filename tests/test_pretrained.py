@@ -237,3 +237,13 @@ def test_a_search_is_built_from_a_folder_and_a_file(folder: Path, store: Path) -
     assert search.sparing, "every one of them can be guided"
     assert search.workbench.workload.task.imitation is embedding_loss
     assert search.workbench.workload.example[1].sum(1).tolist() != [12, 12]
+
+
+def test_a_new_head_that_nothing_trains_is_refused(folder: Path, store: Path) -> None:
+    options = [
+        *("model=text_classifier", f"model.network.source={folder}", "model.training=null"),
+        *("data=sentences", f"data.file={folder}/rated.txt", "data.tokens=12"),
+        *("data.calibration=64", "data.validation=40", "data.test=40", f"folder={store}", f"cache={store}/cache"),
+    ]
+    with pytest.raises(ConfigError, match=r"^model\.checkpoint: is not set and .* or model\.network\.head=kept"):
+        build.build(build.compose(options), lambda _: None)

@@ -47,6 +47,15 @@ def test_it_is_what_sorting_every_row_says(tmp_path: Path) -> None:
     assert 0.2 < expected[0] < expected[1] < expected[2] < 1
 
 
+def test_ties_count_against_who_makes_them(tmp_path: Path) -> None:
+    """The second half repeats the first, which is no tie that the candidate makes."""
+    rows = embeddings(20, 4)
+    twice = np.concatenate([rows, rows])
+    assert found(tmp_path, twice, twice, 1) == [1.0]
+    assert found(tmp_path, twice, np.zeros_like(twice), 1) == [0.0]
+    assert found(tmp_path, rows, np.ones_like(rows), 1, 5) == [0.0, 0.0]
+
+
 def test_its_interval_is_wilsons(tmp_path: Path) -> None:
     file, rows = deployed(FakeRuntime(), tmp_path), embeddings(50, 3)
     examples = Examples("validation", (rows[::-1].copy(),), None, rows)
