@@ -106,8 +106,8 @@ class OnnxRuntime:
 def load_onnxruntime(folder: str, precision: str, batch: int | None, threads: int) -> "Session":  # noqa: ARG001
     """One session on the CPU, nodes one after the other; `precision` is always fp32.
 
-    It takes any batch size: told of one, ONNX Runtime makes a float Gemm of every 8-bit MatMul, which then takes ten
-    times as long, and gains nothing elsewhere.
+    It takes any batch size: told of one, ONNX Runtime makes a float Gemm of every 8-bit MatMul, which then is slower
+    than the uncompressed one, and gains nothing elsewhere.
     """
     import numpy as np
     import onnxruntime as ort

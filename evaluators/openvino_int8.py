@@ -69,7 +69,7 @@ def _parameters(recipe: Recipe) -> Any:
 
 
 def _products(model: ov.Model) -> list[str]:
-    """The multiplications of two activations, which only attention has."""
+    """The multiplications without a constant second factor: of two activations, as in attention."""
     multiplications = [op for op in model.get_ops() if op.get_type_name() == "MatMul"]
     return [op.get_friendly_name() for op in multiplications if not _is_constant(op.input_value(1))]
 
