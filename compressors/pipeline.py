@@ -253,6 +253,13 @@ def prefix_of(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> s
     return prefix_digest(_of_stages(plan, compressors, Stage.PREPARE, *CHANGES, Stage.RECOVER), plan.seed)
 
 
+def trained_structure(plan: CompressionPlan, compressors: Mapping[str, Compressor]) -> str | None:
+    """The structure that this plan recovers, whatever it makes of it afterwards; None where it trains nothing."""
+    if not _of_stages(plan, compressors, Stage.RECOVER):
+        return None
+    return prefix_digest(_of_stages(plan, compressors, Stage.PREPARE, *CHANGES), plan.seed)
+
+
 def prefix_digest(steps: Sequence[Step], seed: int) -> str:
     """The name of a float model: what was done to it before its numbers are touched; no steps means the original."""
     return digest([seed, *map(asdict, steps)]) if steps else ORIGINAL

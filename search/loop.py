@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TypeVar
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from compressors.errors import ConfigError, Infeasible
 from compressors.plan import CompressionPlan
@@ -18,6 +18,7 @@ from evaluators.measurement import Metric
 from evaluators.runtime import Deployed, TensorSpec
 from search.answers import answer, answer_as
 from search.liveness import this_process
+from search.opening import Opening
 from search.outbox import Draft, Outbox
 from search.records import record_from_json
 from search.remote import Away
@@ -110,9 +111,7 @@ class _Loop:
         done = [t for t in counted(trials) if t.state is not TrialState.FAIL]
         self._take(told if len(told) >= len(done) else search.tracker.records(self.run))
         self.spent_before = spent_s(trials)
-        # Baselines and uniform plans, which every worker sees to before it asks the sampler.
-        plans = (*search.space.baselines(), *search.space.uniform(search.sparing, search.budget.counts_trials))
-        self.first = {search.space.sample(FixedTrial(answers)).digest: answers for answers in plans}
+        self.opening = Opening(search)
         self.began = time.perf_counter()
         self.succession = Succession(self.study, search.tracker, self.run, self._known, self._answer)
         self.saved = ""
@@ -257,11 +256,11 @@ class _Loop:
             self._tell(trial, told)
 
     def _ask(self, trials: Sequence[FrozenTrial]) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
-        """The next trial, signed, and an earlier one of the same plan; the `first` plans come before the sampler's."""
+        """The next trial, signed, and an earlier one of the same plan; the opening comes before the sampler."""
         known = {str(t.user_attrs.get("digest")): t for t in reversed(answered(trials))}
-        missing = next((answers for digest, answers in self.first.items() if digest not in known), None)
-        if missing is not None:
-            self.study.enqueue_trial(missing)
+        first = self.opening.next(known, trials)
+        if first is not None:
+            self.study.enqueue_trial(first)
         minutes = self.search.budget.minutes
         self.study.set_user_attr(REMAINING, None if minutes is None else 60 * minutes - self._elapsed())
         with quiet(), together(self.study):

@@ -51,13 +51,16 @@ class Proposer:
     ) -> Proposal | None:
         """The unseen plan with the largest expected gain of hypervolume per second; None when all were seen.
 
-        `fixed` answers are kept, plans that are `taken` by other workers avoided. Where no plan fits into
+        `fixed` answers are kept. Plans that are `taken` by other workers are avoided, and so is what would train the
+        same structure as one of them: once that is done, it need not be trained. Where no plan fits into
         `remaining_s`, the quickest ones compete. None counts trials instead of seconds: what is new grows as far
         as it can.
         """
         standing = self.standing(facts)
         likely, possible = Outlook(standing, None), Outlook(standing, rng)
-        seen = {parsed.identity for parsed in standing.parsed} | set(map(self.reader.identity, taken))
+        others = [self.reader.parse(answers) for answers in taken]
+        seen = {parsed.identity for parsed in (*standing.parsed, *others)}
+        training = {parsed.structure for parsed in others if standing.trains(parsed)}
         if remaining_s is not None and standing.grown < GROWING:
             promoted = self._promoted(likely, fixed, rng, seen, remaining_s)
             if promoted is not None:
@@ -76,7 +79,8 @@ class Proposer:
         order = np.argsort(-gain, kind="stable")
         for i in order[gain[order] >= 0]:
             answers = {**self._answers(rows, int(i)), **fixed}
-            if self.reader.identity(answers) not in seen:
+            parsed = self.reader.parse(answers)
+            if parsed.identity not in seen and not (parsed.structure in training and standing.trains(parsed)):
                 return Proposal(answers, tuple(map(float, expected[i])) if standing.known else None)
         return self._any_unseen(growth, fixed, seen, rng)
 

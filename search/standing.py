@@ -111,20 +111,28 @@ class Standing:
         Those that nothing of the same growth beats, as in successive halving: against what has grown for longer they
         would have no chance. Those count too that lost up to twice of what is tolerated.
         """
-        reached: dict[frozenset[tuple[str, Scalar]], int] = {}
-        for parsed in self.parsed:
-            reached[parsed.structure] = max(reached.get(parsed.structure, 0), parsed.growth)
         steps = range(1, len(self.reader.levels))
         rungs = (self._unbeaten(np.flatnonzero(self._allowed & (self.growths == step))) for step in steps)
         lost = self.values[:, self.aim.quality] - self.zero
         limit = 2 * self.tolerated if self.tolerated else np.inf
         ready = [i for rung in rungs for i in rung if lost[i] <= limit]
-        trained = [i for i in ready if reached[self.parsed[i].structure] == self.growths[i]]
+        trained = [i for i in ready if self._reached[self.parsed[i].structure] == self.growths[i]]
         whole = self.values[trained].reshape(-1, len(self.aim.roles))
         whole[:, self.aim.quality] = np.minimum(whole[:, self.aim.quality], self.zero)
         gain = improvement(whole, self.open)
         rate = {i: g / self.seconds(self.growths[i], self.growths[i] + 1) for i, g in zip(trained, gain, strict=True)}
         return [self.parsed[i] for i in sorted(rate, key=lambda i: -rate[i])]
+
+    def trains(self, parsed: Parsed) -> bool:
+        """Whether its structure has not been trained as far before."""
+        return parsed.growth > self._reached.get(parsed.structure, 0)
+
+    @cached_property
+    def _reached(self) -> dict[frozenset[tuple[str, Scalar]], int]:
+        reached: dict[frozenset[tuple[str, Scalar]], int] = {}
+        for parsed in self.parsed:
+            reached[parsed.structure] = max(reached.get(parsed.structure, 0), parsed.growth)
+        return reached
 
     @cached_property
     def grown(self) -> float:

@@ -284,3 +284,21 @@ def test_what_takes_out_of_proportion_long_has_to_be_better_by_as_much() -> None
     assert len(slow) >= 2
     assert all(risen[number] > math.log(5) for number in slow)
     assert all(abs(risen[number]) < 1e-9 for number in usual if number not in slow)
+
+
+def test_no_two_workers_train_the_same_structure_at_once() -> None:
+    facts, reader = studied(40), Reader(make_guide())
+    begun = 0
+    for number, fact in enumerate(facts):
+        proposer, parsed = Proposer(make_guide(), AIM), reader.parse(fact.answers)
+        if not proposer.standing(facts[:number]).trains(parsed):
+            continue
+        # The same network in the other runtime would be as good a proposal for a second worker.
+        elsewhere = {"runtime": "b" if fact.answers["runtime"] == "a" else "a"}
+        beside = proposer.propose(facts[:number], elsewhere, np.random.default_rng(number), taken=[fact.answers])
+        assert beside is not None
+        other = reader.parse(beside.answers)
+        # With less training, what was done before is deployed in another way.
+        assert other.structure != parsed.structure or other.growth < parsed.growth
+        begun += 1
+    assert begun > 3
