@@ -99,7 +99,7 @@ def image_folder(
     if need > memory_gb:
         problem = f"the images at {size}x{size} need {need:.1f} GB, more than {memory_gb:g}"
         raise ConfigError("data.memory_gb", problem, "raise it, or lower data.size or data.per_class")
-    steps = torchvision.transforms
+    steps = torchvision().transforms
     transform = steps.Compose(
         [steps.Resize(resize), steps.CenterCrop(size), steps.ToTensor(), steps.Normalize(list(mean), list(std))]
     )
@@ -180,7 +180,7 @@ def _fashion_folder(folder: str | None, root: Path, download: bool) -> Path:
 
 def _download(root: Path) -> None:
     try:
-        torchvision.datasets.FashionMNIST(root, download=True)
+        torchvision().datasets.FashionMNIST(root, download=True)
     except (OSError, RuntimeError) as error:
         problem = f"Fashion-MNIST could not be downloaded ({error})"
         raise ConfigError("data.download", problem, "run `apt-get install dataset-fashion-mnist` instead") from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.errors import ConfigError
-from search.torchvision_compat import torchvision as vision
+from search.torchvision_compat import torchvision as load_torchvision
 
 
 class Block(nn.Module):
@@ -72,7 +72,7 @@ def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential
 
 def resnet18(classes: int, channels: int, stride: int = 1) -> nn.Module:
     """ResNet-18 of torchvision with a 3x3 stem and no max-pool, for small images; stride 2 costs a quarter."""
-    model: nn.Module = vision.models.resnet18(num_classes=classes)
+    model: nn.Module = load_torchvision().models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(channels, 64, 3, stride, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -80,11 +80,12 @@ def resnet18(classes: int, channels: int, stride: int = 1) -> nn.Module:
 
 def torchvision(name: str, classes: int, channels: int) -> nn.Module:
     """A classification model of torchvision by name, without weights, for so many classes and input channels."""
-    known = vision.models.list_models(module=vision.models)
+    models = load_torchvision().models
+    known = models.list_models(module=models)
     if name not in known:
         close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or ", ".join(known[:3])
         raise ConfigError("model.network.name", f"torchvision has no model {name!r}", f"did you mean {close}?")
-    model: nn.Module = vision.models.get_model(name, weights=None, num_classes=classes)
+    model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
     if channels != 3:
         _take_channels(model, channels)
     return model

@@ -1,4 +1,4 @@
-"""Imports torchvision where its compiled operators do not load beside this torch; changes nothing where they do."""
+"""Makes torchvision importable where its compiled operators do not load beside this torch, and imports it late."""
 
 import importlib
 import importlib.util
@@ -25,13 +25,13 @@ def _operators_load() -> bool:
     return bool(libraries)
 
 
-def _import() -> ModuleType:
-    # A registry's torchvision is built for CUDA; beside a CPU torch its operators are missing, and `import torchvision`
-    # then stops at the shapes of these two. Declaring them is enough for all models and transforms used here.
-    if not _operators_load():
-        for name in ("nms", "qnms"):
-            _DECLARED.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
+# A registry's torchvision is built for CUDA; beside a CPU torch its operators are missing, and `import torchvision`
+# then stops at the shapes of these two. Declaring them is enough for all models and transforms used here.
+if not _operators_load():
+    for _name in ("nms", "qnms"):
+        _DECLARED.define(_name + _SCHEMA)  # type: ignore[no-untyped-call]
+
+
+def torchvision() -> ModuleType:
+    """The library; importing it takes longer than importing torch, and most processes do without."""
     return importlib.import_module("torchvision")
-
-
-torchvision = _import()

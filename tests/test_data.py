@@ -144,7 +144,7 @@ def test_a_download_that_fails_names_the_other_way(tmp_path: Path, monkeypatch: 
     def offline(root: Path, download: bool) -> None:
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
+    monkeypatch.setattr(torchvision().datasets, "FashionMNIST", offline)
     with pytest.raises(ConfigError, match=r"could not be downloaded.*apt-get"):
         data.fashion_mnist(root=str(tmp_path), download=True)
 

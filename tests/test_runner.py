@@ -81,7 +81,7 @@ def test_a_trial_in_a_process_is_the_trial_itself(runner: Runner, tmp_path: Path
 
 
 def test_what_a_process_is_sent_may_come_from_torchvision(tmp_path: Path) -> None:
-    flips = torchvision.transforms.RandomHorizontalFlip(p=1.0)
+    flips = torchvision().transforms.RandomHorizontalFlip(p=1.0)
     runner = Runner(bench(tmp_path, partial(_expect_mirrored, flips)), FAKE, Clock(), Limits())
     record, _ = runner.run(0, plan(0), empty(tmp_path / "files"), Clock(), None)
     runner.close()

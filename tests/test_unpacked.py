@@ -165,7 +165,7 @@ class Crossed(nn.Module):
 
 
 def _vit() -> nn.Module:
-    model: nn.Module = torchvision.models.VisionTransformer(12, 4, 2, 4, 32, 48, num_classes=CLASSES)
+    model: nn.Module = torchvision().models.VisionTransformer(12, 4, 2, 4, 32, 48, num_classes=CLASSES)
     nn.init.normal_(model.get_parameter("heads.head.weight"))
     return model
 
