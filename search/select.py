@@ -250,6 +250,8 @@ def _best_within_drop(
     first = min(within, key=lambda r: _cost(r.value(metric))).value(metric)
     # Closer than the bands is a tie: no quality is given away for it.
     tied = [r for r in within if not first.clearly_better(r.value(metric))]
+    # But nothing is recommended for what its own value says that it does not do.
+    tied = [r for r in tied if _cost(r.value(metric)) <= _cost(original.value(metric))] or tied
     best = min(tied, key=lambda r: (loss(r), _cost(r.value(metric))))
     lost = (
         f"{loss(best):.4g} lost" if loss(best) > 0 else f"{-loss(best):.4g} gained" if loss(best) < 0 else "none lost"

@@ -172,3 +172,9 @@ def test_every_rule_of_the_configuration_chooses(path: Path) -> None:
 def test_no_quality_is_given_away_for_a_speed_within_the_bands() -> None:
     a_hair_faster = trial(5, 0.971, 0.199, 255)
     assert choose([*STUDY, a_hair_faster], Fastest(), NAMES).record == INT8
+
+
+def test_within_the_bands_nothing_that_reads_slower_than_the_uncompressed_model() -> None:
+    slower = trial(1, 0.981, 1.03, 1000, precision="bf16", compressed=False)
+    assert not FP32.value("latency_ratio").clearly_better(slower.value("latency_ratio"))
+    assert choose([FP32, slower], Fastest(), NAMES).record == FP32
