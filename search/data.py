@@ -93,6 +93,7 @@ def image_folder(
 
     `folder` holds either one folder per class, of which a fifth goes to validation and a fifth to test, or `train` and
     `test` (and perhaps `val`) with one folder per class in each. `per_class` keeps so many pictures of each class.
+    Pictures that lie in no such folder have no labels, and then none has.
     """
     parts = _picture_parts(Path(folder).expanduser(), per_class, calibration, seed)
     need = sum(len(part.paths) for part in parts.values()) * 3 * size * size * 4 / 1e9
@@ -212,7 +213,7 @@ def _idx(path: Path) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Image files with their class numbers."""
+    """Image files with their class numbers, all 0 where there are no classes."""
 
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
@@ -240,7 +241,8 @@ def _picture_parts(folder: Path, per_class: int | None, calibration: int, seed: 
 def _listed(folder: Path, per_class: int | None, seed: int, expected: tuple[str, ...] | None = None) -> _Pictures:
     classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."))
     if not classes:
-        raise ConfigError("data.folder", f"{folder} holds no class folders", "put each class in a folder of its name")
+        loose = _pictures_in(folder, per_class, seed)
+        return _Pictures((), tuple(loose), np.zeros(len(loose), dtype=np.int64))
     if expected is not None and classes != expected:
         odd = ", ".join(sorted(set(classes) ^ set(expected))[:3])
         raise ConfigError("data.folder", f"{folder} has other classes than train ({odd})", "use the same class folders")
@@ -264,7 +266,7 @@ def _pictures_in(folder: Path, limit: int | None, seed: int) -> list[Path]:
 
 def _read(pictures: _Pictures, transform: Callable[[Image.Image], Tensor]) -> Split:
     inputs = torch.stack([_read_one(path, transform) for path in pictures.paths])
-    return Split((inputs,), torch.from_numpy(pictures.targets))
+    return Split((inputs,), torch.from_numpy(pictures.targets) if pictures.classes else None)
 
 
 def _read_one(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:

@@ -217,7 +217,7 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, content: bytes) -> None:
 def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no folder"):
         pictures(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="no class folders"):
+    with pytest.raises(ConfigError, match="holds no images"):
         pictures(tmp_path)
     write_pictures(tmp_path, ["cat"], 5)
     (tmp_path / "dog").mkdir()
@@ -230,3 +230,11 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     write_pictures(tmp_path / "test", ["cat", "cow"], 5)
     with pytest.raises(ConfigError, match=r"other classes than train \(cow, dog\)"):
         pictures(tmp_path)
+
+
+def test_pictures_without_class_folders_have_no_labels(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["any"], 20)
+    splits = pictures(tmp_path / "any")
+    assert splits.classes == ()
+    assert all(split.targets is None for split in splits.named().values())
+    assert sum(map(len, splits.named().values())) == 20

