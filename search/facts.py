@@ -127,7 +127,7 @@ class Reader:
 
     def identity(self, answers: Answers) -> frozenset[tuple[str, Scalar]]:
         """What makes a plan a new one: not another name for the same choice."""
-        tables, told = self.tables, {name: value for name, value in answers.items() if name in self._own}
+        tables, told = self.tables, {name: value for name, value in answers.items() if name in self.own}
         picks = self._picks(told, _match([v.answers for v in self.guide.variants], told))
         for name, choices, pick in zip(tables.names, tables.choices, picks, strict=True):
             # A number between choices is a choice of its own.
@@ -136,7 +136,7 @@ class Reader:
         return frozenset(told.items())
 
     @cached_property
-    def _own(self) -> frozenset[str]:
+    def own(self) -> frozenset[str]:
         """The knobs that proposals speak of; a plan is not new because another one differs."""
         guide = self.guide
         places = [*(variant.answers for variant in guide.variants), *guide.targets]

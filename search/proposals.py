@@ -36,10 +36,13 @@ class Proposer:
     def __init__(self, guide: Guide, aim: Aim) -> None:
         self.guide, self.aim, self.reader = guide, aim, Reader(guide)
         self.tables = self.reader.tables
+        self._stood: tuple[list[Fact], Standing] | None = None
 
     def standing(self, facts: Sequence[Fact]) -> Standing:
-        """Where a study with these facts stands."""
-        return Standing(self.reader, self.aim, facts)
+        """Where a study with these facts stands; the last one is kept, as an ask may want it again."""
+        if self._stood is None or self._stood[0] != list(facts):
+            self._stood = list(facts), Standing(self.reader, self.aim, facts)
+        return self._stood[1]
 
     def propose(
         self,

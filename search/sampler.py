@@ -148,19 +148,20 @@ class GuidedSampler(BaseSampler):
         return proposal.answers
 
     def _surprises(self, study: Study, trial: FrozenTrial, reading: "_Reading") -> Study:
-        """A study in memory whose one objective is how much worse a trial went than expected; made once a trial."""
+        """A study in memory whose one objective is how much worse a trial went than expected; made once a trial.
+
+        It has the knobs that the guide does not answer, as Optuna checks and copies every one of every trial.
+        """
         if trial.number not in reading.surprises:
             standing = reading.proposer.standing(reading.told(study))
             counted = study.user_attrs.get(REMAINING, math.inf) is None
             surprises = standing.surprises if counted else standing.tolled
-            trials = {t.number: t for t in _finished(study)}
+            trials, answered = {t.number: t for t in _finished(study)}, reading.proposer.reader.own
             memory = optuna.create_study(sampler=self._tpe)
-            memory.add_trials(
-                [
-                    create_trial(params=trials[n].params, distributions=trials[n].distributions, value=value)
-                    for n, value in list(surprises.items())[-TPE_MEMORY:]
-                ]
-            )
+            for number, value in list(surprises.items())[-TPE_MEMORY:]:
+                distributions = {n: d for n, d in trials[number].distributions.items() if n not in answered}
+                params = {name: trials[number].params[name] for name in distributions}
+                memory.add_trial(create_trial(params=params, distributions=distributions, value=value))
             reading.surprises[trial.number] = memory
         return reading.surprises[trial.number]
 
