@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressors.pipeline import Achieved, Applied, FloatModel, LayerNumbers
 from evaluators.export import once
+from search.locks import locked
 
 T = TypeVar("T")
 
@@ -167,28 +168,12 @@ def _write_numbers(path: Path, applied: Applied) -> None:
 @contextmanager
 def _held(entry: Path) -> Iterator[None]:
     """The entry is there inside, empty if it is new; used at the beginning and at the end."""
-    with _shared(entry) as handle:
+    with locked(entry / USED, fcntl.LOCK_SH) as handle:
         os.utime(handle.fileno())
         try:
             yield
         finally:
             os.utime(handle.fileno())
-
-
-def _shared(entry: Path) -> IO[str]:
-    """The entry's lock file, held together with others; tries again when somebody removed the entry meanwhile."""
-    while True:
-        with suppress(FileNotFoundError):
-            entry.mkdir(parents=True, exist_ok=True)
-            handle = (entry / USED).open("a+")
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            if _is_at(handle, entry / USED):
-                return handle
-            handle.close()
-
-
-def _is_at(handle: IO[str], path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())
 
 
 def _alone(handle: IO[str]) -> bool:

@@ -16,6 +16,7 @@ from typing import IO
 from compressors.plan import CompressionPlan
 from evaluators.runtime import Deployed, TensorSpec
 from search.liveness import this_process
+from search.locks import is_at, locked
 from search.records import record_from_json, record_to_json
 from search.remote import Away, reason
 from search.tracking import StudyRun, Tracker
@@ -184,9 +185,7 @@ class Outbox:
         if not re.fullmatch("[0-9a-f]+", digest):
             raise ValueError(f"digest {digest!r} of trial {number} is none")
         if self._lock is None:
-            self._own.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / f"{self._own.name}.lock").open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._lock = locked(self.folder / f"{self._own.name}.lock", fcntl.LOCK_EX)
         folder = self._own / f"{number}-{digest}"
         folder.mkdir(parents=True)
         return folder
@@ -253,8 +252,9 @@ class Outbox:
                 handle = held.enter_context(lock.open("a"))
                 with suppress(BlockingIOError):
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.append(process)
-                    found += _trials(process)
+                    if is_at(handle, lock):
+                        left.append(process)
+                        found += _trials(process)
             yield found
             for process in left:
                 with suppress(OSError):

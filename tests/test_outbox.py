@@ -1,12 +1,13 @@
 """Trials on their way to the tracker: kept through a server that is away and a process that dies."""
 
+import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -182,6 +183,25 @@ def test_what_a_dead_process_left_is_sent_by_the_next_and_its_half_done_work_rem
     assert [trial.number for trial in tracker.open_trials(study)] == [2, 9], "whose trial it was, the study tells"
     outbox.drop(mine)
     assert left_in(outbox) == []
+
+
+def test_a_lock_that_another_worker_removes_before_it_is_held_is_made_again(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others find letters by these files: without one, those of a worker that dies would stay unseen."""
+    flock, removed = fcntl.flock, list[Path]()
+
+    def late(handle: IO[str], how: int) -> None:
+        if not removed:
+            removed.append(Path(handle.name))
+            removed[0].unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    outbox.begin(3, plan(8))
+    (lock,) = removed
+    with lock.open() as other, pytest.raises(BlockingIOError):
+        flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_trial_is_handed_over_with_its_files_and_measured_by_another(
