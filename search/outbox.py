@@ -18,11 +18,11 @@ from evaluators.runtime import Deployed, TensorSpec
 from search.liveness import this_process
 from search.locks import is_at, locked
 from search.records import record_from_json, record_to_json
-from search.remote import Away, reason
+from search.remote import Away, ServerError, reason
 from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 
-FILES, LETTER = "model", "letter.json"
+FILES, LETTER, REASON = "model", "letter.json", "reason.txt"
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Outbox:
 
     A letter is written whole or not at all, and goes once the tracker has all of it. What a process leaves behind
     that has ended, on whatever host that shares the folder, the next one that comes by sends: it finds it unlocked.
-    A letter that the tracker refuses is put aside in `refused`.
+    A letter that the tracker refuses, or fails at twice while it is well otherwise, is put aside in `refused`.
     """
 
     tracker: Tracker
@@ -77,6 +77,7 @@ class Outbox:
     folder: Path
     _own: Path = field(init=False)
     _lock: IO[str] | None = field(default=None, init=False)
+    _failed: set[Path] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         """Nothing is made before there is something to keep."""
@@ -202,16 +203,32 @@ class Outbox:
         """Send; what the tracker refuses for good is put aside. While it is away, `late` raises that."""
         try:
             return self._send(folder)
-        except Away:
-            if late:
+        except Away as away:
+            if isinstance(away, ServerError) and self._is_poison(folder):
+                self._put_aside(folder, away)
+            elif late:
                 raise
         except Exception as error:  # noqa: BLE001  a server may refuse in any way, and the study goes on
-            refused = self.folder / "refused"
-            log.warning("the tracker refuses %s, put aside in %s: %s", folder.name, refused, reason(error))
-            with suppress(OSError):
-                refused.mkdir(exist_ok=True)
-                folder.rename(refused / f"{folder.parent.name}-{folder.name}")
+            self._put_aside(folder, error)
         return None
+
+    def _is_poison(self, folder: Path) -> bool:
+        """Whether the server failed at this letter before too, and answers when it is asked something else."""
+        if folder not in self._failed:
+            self._failed.add(folder)
+            return False
+        with suppress(Away):
+            self.tracker.open_trials(self.study)
+            return True
+        return False
+
+    def _put_aside(self, folder: Path, error: Exception) -> None:
+        refused = self.folder / "refused"
+        log.warning("the tracker refuses %s, put aside in %s: %s", folder.name, refused, reason(error))
+        with suppress(OSError):
+            (folder / REASON).write_text(f"{error}\n")
+            refused.mkdir(exist_ok=True)
+            folder.rename(refused / f"{folder.parent.name}-{folder.name}")
 
     def _send(self, folder: Path) -> TrialRecord | None:
         """What of a trial is no letter goes, as its process died in the midst."""

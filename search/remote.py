@@ -34,8 +34,12 @@ class Away(Exception):
     """The server does not answer; what was to be recorded can be recorded later."""
 
 
+class ServerError(Away):
+    """The server answers that something of its own went wrong: its database is away, or it cannot take just this."""
+
+
 class Remote:
-    """An `MlflowClient` of which every call may raise `Away`; after one that did, all do at once for a while."""
+    """An `MlflowClient` of which every call may raise `Away`; after a server did not answer, all do for a while."""
 
     def __init__(self, client: Any, uri: str) -> None:
         self._client, self._uri = client, uri
@@ -50,10 +54,12 @@ class Remote:
             try:
                 return method(*args, **kwargs)
             except (MlflowException, requests.RequestException) as error:
+                said = address.masked(reason(error), self._uri)
                 if _is_away(error):
                     self._again = time.monotonic() + REST_S
-                    said = address.masked(reason(error), self._uri)
                     raise Away(f"the MLflow server does not answer: {said}") from None
+                if _is_its_own(error):
+                    raise ServerError(f"the MLflow server failed: {said}") from None
                 if address.password(self._uri):
                     raise MlflowException(address.masked(str(error), self._uri)) from None
                 raise
@@ -62,16 +68,29 @@ class Remote:
 
 
 def _is_away(error: BaseException | None) -> bool:
-    """No connection, or a server that is there without its database; not what it refuses for a reason."""
-    if isinstance(error, RestException) and error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+    """No connection, a gateway before nothing, or a server that says so; not what it fails at or refuses."""
+    if isinstance(error, RestException) and error.error_code == "TEMPORARILY_UNAVAILABLE":
         return True
-    if isinstance(error, MlflowException) and re.search(r"failed with (exception|error code 5)", str(error)):
+    if isinstance(error, MlflowException) and re.search(r"failed with (exception|error code 50[234])", str(error)):
         return True
     while error is not None:
-        if isinstance(error, requests.ConnectionError | requests.Timeout):
+        if isinstance(error, requests.ConnectionError | requests.Timeout) or _status(error) in (502, 503, 504):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_its_own(error: BaseException) -> bool:
+    """Whether the server fails, not the request; with tables of its database gone, it does at every one."""
+    if isinstance(error, RestException):
+        return bool(error.error_code == "INTERNAL_ERROR")
+    return _status(error) == 500 or "failed with error code 5" in str(error)
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the answer to a transfer of files, which MLflow hands on as it is."""
+    answer = error.response if isinstance(error, requests.HTTPError) else None
+    return None if answer is None else answer.status_code
 
 
 @contextmanager

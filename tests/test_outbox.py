@@ -7,15 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
+import requests
+from mlflow.exceptions import MlflowException, RestException
 
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import exact
 from evaluators.runtime import Deployed, TensorSpec
 from search.outbox import Draft, Outbox
-from search.remote import Away
+from search.remote import Away, Remote, ServerError
 from search.tracking import StudyRun, Tracker
 from search.trial import TrialRecord
 from tests.studies import ACCURACY, CountingRuntime
@@ -279,3 +282,64 @@ def test_a_letter_that_the_tracker_refuses_is_put_aside_and_the_others_go(
     assert outbox.waiting == 0
     (refused,) = (outbox.folder / "refused").iterdir()
     assert (refused / "letter.json").exists()
+    assert "deleted" in (refused / "reason.txt").read_text()
+
+
+@pytest.mark.parametrize("ill", [{"finish_trial"}, ALL], ids=["at one letter", "at everything"])
+def test_a_letter_that_the_server_fails_at_again_is_put_aside_unless_all_fails(
+    ill: set[str], outbox: Outbox, tracker: Flaky, study: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its database may be away, as it says of much else; what fails again on its own would block all behind it."""
+    drafts = [outbox.begin(number, plan(bits)) for number, bits in ((1, 8), (2, 4), (3, 32))]
+    away(tracker, *ALL)
+    for draft, bits in zip(drafts, (8, 4, 32), strict=True):
+        outbox.finish(draft, record(draft.number, bits), deployed(draft))
+    away(tracker)
+    for name in ill:
+        monkeypatch.setattr(Flaky, name, _failing_at(drafts[0].run_id, name))
+    assert outbox.deliver() == []
+    assert outbox.waiting == 3
+    if ill == ALL:
+        assert outbox.deliver() == []
+        assert outbox.waiting == 3
+        return
+    assert [sent.number for sent in outbox.deliver()] == [2, 3]
+    assert outbox.waiting == 0
+    (refused,) = (outbox.folder / "refused").iterdir()
+    assert "the server failed" in (refused / "reason.txt").read_text()
+
+
+def _failing_at(run_id: str | None, name: str) -> Callable[..., Any]:
+    def call(self: Flaky, *args: Any, **kwargs: Any) -> Any:
+        if name != "finish_trial" or args[0] == run_id:
+            raise ServerError("the server failed")
+        return Tracker.finish_trial(self, *args, **kwargs)
+
+    return call
+
+
+def test_what_a_server_fails_at_is_told_from_a_server_that_is_away() -> None:
+    def gateway(status: int) -> requests.HTTPError:
+        answer = requests.Response()
+        answer.status_code = status
+        return requests.HTTPError("no", response=answer)
+
+    def said(error: Exception) -> type[Exception]:
+        def call() -> None:
+            raise error
+
+        with pytest.raises((Away, MlflowException, requests.RequestException)) as raised:
+            Remote(SimpleNamespace(call=call), "http://server").call()
+        return raised.type
+
+    gone = "API request to x failed with"
+    assert said(requests.ConnectionError("refused")) is Away
+    assert said(MlflowException(f"{gone} exception timeout")) is Away
+    assert said(MlflowException(f"{gone} error code 503 != 200")) is Away
+    assert said(RestException({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "database"})) is Away
+    assert said(gateway(502)) is Away
+    assert said(RestException({"error_code": "INTERNAL_ERROR", "message": "constraint"})) is ServerError
+    assert said(MlflowException(f"{gone} error code 500 != 200")) is ServerError
+    assert said(gateway(500)) is ServerError
+    assert said(RestException({"error_code": "BAD_REQUEST", "message": "too long"})) is RestException
+    assert said(gateway(403)) is requests.HTTPError
