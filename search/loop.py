@@ -23,7 +23,7 @@ from search.outbox import Draft, Outbox
 from search.records import record_from_json
 from search.remote import Away
 from search.runner import Broken, Carrier, Here, Runner
-from search.sampler import EXPECTED, REMAINING
+from search.sampler import EXPECTED, REMAINING, WAITED
 from search.storage import (
     BUDGET,
     OWNER,
@@ -242,6 +242,7 @@ class _Loop:
         def begin() -> Draft:
             draft, record, inputs = _patiently(lambda: self.outbox.resume(waits.number, digest, run_id))
             known.append((record, inputs))
+            trial.set_user_attr(WAITED, _waited_s(waits, record))
             return draft
 
         def work(draft: Draft) -> TrialRecord:
@@ -458,6 +459,12 @@ def _row(record: TrialRecord, objectives: Sequence[Metric]) -> dict[str, object]
     values = {m.name: record.value(m.name) for m in objectives}
     measured = {name: {"value": m.value, "interval": m.interval} for name, m in values.items()}
     return {"trial": record.number, "digest": record.plan.digest, "files": record.artifact_uri, **measured}
+
+
+def _waited_s(trial: FrozenTrial, record: TrialRecord) -> float:
+    """For how long nobody was at a trial that has come this far."""
+    since = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    return max(since - sum(record.seconds.values()), 0.0)
 
 
 def _patiently(action: Callable[[], Returned]) -> Returned:

@@ -25,6 +25,8 @@ PREVIEW = "preview"
 """User attribute of a trial that was stopped: metric name -> value, as far as it was measured."""
 SHARED = "shared_s"
 """User attribute of a trial: how many of its seconds went into what other trials will find done."""
+WAITED = "waited_s"
+"""User attribute of a trial: how many of its seconds it lay in the queue of those who measure."""
 REMAINING = "remaining_s"
 """User attribute of a study: seconds left, and proposals that take longer stand back; None where trials are counted."""
 EXPECTED = "expected"
@@ -242,6 +244,6 @@ def _fact(trial: FrozenTrial, signs: Sequence[float], names: Sequence[str]) -> F
 
 
 def _own_s(trial: FrozenTrial) -> float:
-    """What comes first must not pay for what later ones share."""
+    """What comes first must not pay for what later ones share, nor for a queue."""
     took = trial.duration.total_seconds() if trial.duration else 0.0
-    return max(took - float(trial.user_attrs.get(SHARED, 0.0)), 0.0)
+    return max(took - sum(float(trial.user_attrs.get(name, 0.0)) for name in (SHARED, WAITED)), 0.0)

@@ -319,17 +319,17 @@ def test_roles_must_fit() -> None:
         GuidedSampler(guide, tolerance=0.0)
 
 
-def test_a_trial_does_not_pay_for_what_others_share() -> None:
+def test_a_trial_does_not_pay_for_what_others_share_nor_for_a_queue() -> None:
     guide = make_guide(3)
     study = begun(guided(guide))
-    for told in ({}, {"shared_s": 50.0}):
+    for told in ({}, {"shared_s": 50.0}, {"shared_s": 10.0, "waited_s": 20.0}, {"waited_s": 61.0}):
         trial = create_trial(params={}, values=[0.9, 1.0], user_attrs=told)
         assert trial.datetime_complete is not None
         trial.datetime_start = trial.datetime_complete - timedelta(seconds=60)
         study.add_trial(trial)
     sampler = study.sampler
     assert isinstance(sampler, GuidedSampler)
-    assert [fact.seconds for fact in sampler._read(study, guide).told(study)] == pytest.approx([60, 10])
+    assert [fact.seconds for fact in sampler._read(study, guide).told(study)] == pytest.approx([60, 10, 30, 0])
 
 
 def with_training(plain: Guide) -> tuple[Guide, dict[str, Any]]:

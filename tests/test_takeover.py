@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,12 +72,16 @@ def test_a_worker_elsewhere_leaves_latency_to_one_on_the_studys_machine(store: P
     assert len({r.plan.digest for r in waiting_records(elsewhere, ended)}) == 3
 
     deployed: list[int] = []
+    time.sleep(0.5)
     outcome = run(timed(store, 4, before=deployed.append, measure="only"), quiet)
     assert deployed == [0], "only the reference is deployed: the files came with the trials"
     assert len(outcome.records) == 4
     assert all({"accuracy", "latency_ratio"} <= {m.name for m in r.measurements} for r in outcome.records)
     assert {t.state for t in optuna_trials(store)} == {TrialState.COMPLETE}
     assert elsewhere.tracker.open_trials(outcome.study) == []
+    for trial in [optuna_trials(store)[t.number] for t in waits]:
+        assert trial.duration is not None
+        assert 0.5 <= trial.user_attrs["waited_s"] <= trial.duration.total_seconds()
 
 
 def waiting_records(search: Search, outcome: Outcome) -> list[TrialRecord]:
