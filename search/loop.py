@@ -100,7 +100,8 @@ class _Loop:
         self.study = open_study(search)
         bench = search.workbench if search.measure != "never" else search.workbench.elsewhere()
         fingerprint = self.study.user_attrs["fingerprint"]
-        with exclusively(search.storage, search.name):
+        # Not the lock that all others ask under: the server may take its time.
+        with exclusively(search.storage, f"{search.name} tracking"):
             self.run = search.tracker.open_study(search.name, bench.workload.name, search.config, fingerprint)
         self.outbox = Outbox(search.tracker, self.run, search.folder / search.name / OUTBOX)
         self.outbox.deliver()
@@ -142,6 +143,7 @@ class _Loop:
                 return f"{len(self.broken)} trials in a row broke, the last one in {self.broken[-1]}"
             self._deliver()
             self.succession.tidy()
+            self.succession.look()
             try:
                 # Counting, asking and signing are one act among all workers: none overshoots the budget, and none takes
                 # up a plan that another one is at.

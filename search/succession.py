@@ -32,16 +32,27 @@ class Succession:
         self.study, self.tracker, self.run, self.known, self.answer = study, tracker, run, known, answer
         self.looked = -math.inf
         self.silent: dict[int, float] = {}
+        # Trials of workers that seem to be gone, with what they recorded.
+        self.lost: dict[int, TrialRecord | None] = {}
         # Whether a worker that died may have left runs open; at the beginning, one that was here before.
         self.succeeded = True
 
-    def take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Every heartbeat, put trials of workers that are gone back into the queue; whether there were any."""
+    def look(self) -> None:
+        """Every heartbeat, see whose workers are gone, and what these had recorded; a tracker may take long to say."""
+        self.lost = {}
         if time.perf_counter() - self.looked <= HEARTBEAT_S:
-            return False
+            return
         self.looked = time.perf_counter()
-        told = {str(t.user_attrs.get("digest")) for t in counted(trials)}
-        found = dead(self.study, trials, self.silent)
+        trials = snapshot(self.study)
+        told = _told(trials)
+        for trial in dead(self.study, trials, self.silent):
+            digest = _digest(trial)
+            self.lost[trial.number] = self.known(digest) if digest and digest not in told else None
+
+    def take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> bool:
+        """While nobody asks, put what `look` saw back into the queue if it still is so; whether there was any."""
+        found = [t for t in dead(self.study, trials, self.silent) if t.number in self.lost] if self.lost else []
+        told = _told(trials)
         for trial in found:
             self.succeeded = True
             # It may tell in this moment.
@@ -51,8 +62,8 @@ class Succession:
 
     def _take_up(self, lost: FrozenTrial, told: Collection[str]) -> str:
         """Tell what its process had recorded before it could tell, or queue it again; its plan's digest."""
-        trial, digest = Trial(self.study, lost._trial_id), str(lost.user_attrs.get("digest", ""))
-        record = None if digest in told else self.known(digest)
+        trial, digest = Trial(self.study, lost._trial_id), _digest(lost)
+        record = None if digest in told else self.lost[lost.number]
         tries = int(lost.user_attrs.get(TRIES, 0)) + 1
         if record:
             self.answer(trial, record)
@@ -86,3 +97,12 @@ class Succession:
     def _has_files_elsewhere(self, left: OpenTrial) -> bool:
         found = self.tracker.find(self.run, left.digest)
         return bool(found and found.artifact_uri and left.run_id not in found.artifact_uri)
+
+
+def _told(trials: Sequence[FrozenTrial]) -> set[str]:
+    return {_digest(t) for t in counted(trials)}
+
+
+def _digest(trial: FrozenTrial) -> str:
+    """Of its plan; empty for a trial that was never signed."""
+    return str(trial.user_attrs.get("digest", ""))

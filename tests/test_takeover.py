@@ -1,5 +1,6 @@
 """Workers that leave, wait for each other, and take over."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -210,6 +211,35 @@ def test_a_server_that_is_away_stops_nobody(store: Path, monkeypatch: pytest.Mon
     assert all(record.artifact_uri for record in outcome.records)
     assert search.tracker.open_trials(outcome.study) == []
     assert not list((store / "test" / "outbox").rglob("letter.json"))
+
+
+def test_no_server_is_asked_while_other_workers_wait_for_their_turn(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs would stop them all; not even to join a study, or to take up the trial of a dead worker."""
+    run(make_search(store, 2), quiet)
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{store}/optuna.db")
+    host, pid, started = this_process().rsplit(":", 2)
+    lost = study.ask(fixed_distributions=study.trials[1].distributions)
+    lost.set_user_attr("owner", f"{host}:{pid}:{int(started) + 1}")
+    lost.set_user_attr("digest", "abc")
+    called: list[str] = []
+    for name in ("open_study", "find", "open_trials", "start_trial", "finish_trial", "progress", "log_study_text"):
+        monkeypatch.setattr(Tracker, name, _while_free(store / "optuna.db.test.lock", called, getattr(Tracker, name)))
+    run(make_search(store, 4), quiet)
+    assert study.trials[lost.number].state is TrialState.FAIL
+    assert called[0] == "open_study"
+    assert "find" in called[: called.index("start_trial")], "what the dead worker recorded"
+
+
+def _while_free(lock: Path, called: list[str], method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        called.append(method.__name__)
+        with lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return method(*args, **kwargs)
+
+    return call
 
 
 def _unless(gone: list[bool], method: Callable[..., Any]) -> Callable[..., Any]:
