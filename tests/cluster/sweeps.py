@@ -10,7 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from search.storage import counted, open_storage
 from search.tracking import Tracker
@@ -18,6 +18,7 @@ from tests.cluster.services import wait_until
 
 ROOT = Path(__file__).parents[2]
 STUDY = "resnet20-digits"
+PREPARED = 4
 # Connections of Optuna's storages, which have no way to be closed.
 LEAKS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 # Small enough that starting a worker takes longer than a trial; with training in the trials all the same.
@@ -50,9 +51,9 @@ def environment(folder: Path, storage: str, more: Mapping[str, str] | None = Non
     }
 
 
-def prepare(folder: Path, trials: int, server: str, env: Mapping[str, str]) -> None:
+def prepare(folder: Path, server: str, env: Mapping[str, str]) -> None:
     """Train the network and measure the baselines before the sweep, so that the workers have something to share."""
-    command = [sys.executable, "-m", "compareto", "search", *words(folder, trials, server)]
+    command = [sys.executable, "-m", "compareto", "search", *words(folder, PREPARED, server)]
     subprocess.run(command, env=env, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=600)
 
 
@@ -63,19 +64,21 @@ def start(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> "su
         return subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finished(storage: str) -> int:
-    """Trials that count so far."""
-    return len(counted(_study(storage).trials))
-
-
 @functools.cache
 def _study(storage: str) -> optuna.Study:
     return optuna.load_study(study_name=STUDY, storage=open_storage(storage))
 
 
-def wait_for_trials(storage: str, count: int, seconds: float) -> None:
-    """Until so many have ended."""
-    wait_until(lambda: finished(storage) >= count, seconds, f"{count} trials")
+def wait_for_workers(storage: str, count: int, seconds: float) -> None:
+    """Until so many have finished a trial: if one more has at the end, it was started later."""
+    wait_until(lambda: len(workers(_study(storage).trials)) >= count, seconds, f"{count} workers with a trial each")
+
+
+def workers(trials: Sequence[FrozenTrial]) -> set[str]:
+    """The processes that finished a trial of the sweep; the one that prepared it had the first trials to itself."""
+    done = [t for t in counted(trials) if t.state is not TrialState.FAIL]
+    preparing = {t.user_attrs["owner"] for t in done if t.number < PREPARED}
+    return {t.user_attrs["owner"] for t in done} - preparing
 
 
 def check(storage: str, server: str, trials: int) -> dict[str, int]:
@@ -92,9 +95,8 @@ def check(storage: str, server: str, trials: int) -> dict[str, int]:
     recorded = [r.plan.digest for r in tracker.records(run)]
     assert len(recorded) == len(set(recorded))
     assert set(recorded) == told
-    hosts = {t.user_attrs["owner"] for t in done}
     again = [t for t in everything if t.system_attrs.get("retry_history")]
-    return {"trials": len(done), "workers": len(hosts), "taken up again": len(again)}
+    return {"trials": len(done), "workers": len(workers(everything)), "taken up again": len(again)}
 
 
 def wait_for_exit(process: "subprocess.Popen[bytes]", seconds: float, log: Path) -> None:
