@@ -40,8 +40,8 @@ class Accuracy:
         """Holds nothing."""
 
 
-def proportion(metric: Metric, hits: int, n: int, split: str) -> Measurement:
-    """A share of `n` examples with Wilson's 95 % interval (Wilson 1927)."""
+def proportion(metric: Metric, hits: float, n: int, split: str) -> Measurement:
+    """A share of `n` examples with Wilson's 95 % interval (Wilson 1927); too wide where examples can be half right."""
     share = hits / n
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / (1 + Z95**2 / n)

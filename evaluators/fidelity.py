@@ -36,7 +36,7 @@ class Fidelity:
         if self.kind == "agreement":
             hits = int((outputs.argmax(axis=1) == original.argmax(axis=1)).sum())
             return (proportion(self.metrics()[0], hits, len(examples), examples.split),)
-        return (_mean(self.metrics()[0], _cosines(outputs, original), examples.split),)
+        return (average(self.metrics()[0], cosines(outputs, original), examples.split),)
 
     def preview(
         self, deployed: Deployed, reference: Deployed, examples: Examples, share: float
@@ -48,13 +48,15 @@ class Fidelity:
         """Holds nothing."""
 
 
-def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each row of one with the same row of the other, flattened."""
     a, b = a.reshape(len(a), -1).astype(np.float64), b.reshape(len(b), -1).astype(np.float64)
     norms = np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), np.finfo(np.float64).tiny)
     return np.asarray((a * b).sum(axis=1) / norms)
 
 
-def _mean(metric: Metric, scores: np.ndarray, split: str) -> Measurement:
+def average(metric: Metric, scores: np.ndarray, split: str) -> Measurement:
+    """The mean of scores of at most 1, with a normal 95 % interval."""
     n = len(scores)
     half = Z95 * float(scores.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
     value = float(scores.mean())

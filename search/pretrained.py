@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 import search.torchvision_compat  # noqa: F401  transformers imports torchvision
 from compressors.errors import ConfigError
+from search.image_text import PooledTower, TwoTowers
 
 Settings = Mapping[str, Any]
 HEADS = ("new", "kept")
@@ -84,6 +85,18 @@ def image_classifier(
     """A classifier of pictures such as ViT or DeiT, as `text_classifier` is made."""
     shape = {"num_labels": classes, "num_channels": channels}
     return ImageClassifier(_network("AutoModelForImageClassification", source, config, shape, _is_new(head)))
+
+
+def clip(source: str | None = None, config: Settings | None = None, **_data: int) -> nn.Module:
+    """CLIP's two towers with their projections, made as `sentence_encoder` is."""
+    body: Any = _network("AutoModel", source, config, {})
+    if not hasattr(body, "visual_projection"):
+        problem = f"is a {body.config.model_type}, which has no towers for pictures and captions"
+        path = "model.network." + ("source" if config is None else "config")
+        raise ConfigError(path, problem, "give one of model_type clip")
+    return TwoTowers(
+        PooledTower(body.vision_model, body.visual_projection), PooledTower(body.text_model, body.text_projection)
+    )
 
 
 def _is_new(head: str) -> bool:

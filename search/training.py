@@ -21,7 +21,7 @@ from search.models import load_checkpoint
 from search.workload import Split, Splits, Task, split_digest, tensors_digest
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Augment = Callable[[Tensor], Tensor]
+Varied = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
         for epoch in range(1, recipe.epochs + 1):
             model.train()
             for data in splits.train.batches(batch, shuffle=True):
-                value = _step(model, data, loss, optimizer, splits.augment, half)
+                value = _step(model, data, loss, optimizer, splits.varied, half)
                 schedule.step()
                 at = replace(at, step=at.step + 1, loss=value)
                 watch(at)
@@ -175,13 +175,12 @@ def _scheduled(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.opti
 
 
 def _step(
-    model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.Optimizer, augment: Augment | None, half: bool
+    model: nn.Module, data: Batch, loss: Loss, optimizer: torch.optim.Optimizer, varied: Varied, half: bool
 ) -> float:
     inputs, targets = data
     assert targets is not None  # noqa: S101  `trained` refuses data without labels
-    varied = inputs if augment is None else (augment(inputs[0]), *inputs[1:])
     with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=half):
-        outputs = model(*varied).float()
+        outputs = model(*varied(inputs)).float()
     value = loss(outputs, targets)
     if not torch.isfinite(value):
         raise ConfigError("model.training", f"the loss became {value.item()}", "lower model.training.learning_rate")
@@ -195,5 +194,7 @@ def _accuracy(model: nn.Module, split: Split) -> float | None:
     if split.targets is None or split.targets.is_floating_point():
         return None
     with torch.no_grad():
-        right = [(model(*inputs).argmax(-1) == targets).float() for inputs, targets in split.batches(256)]
-    return float(torch.cat(right).mean())
+        outputs = torch.cat([model(*inputs) for inputs, _ in split.batches(256)])
+    if outputs.dim() != 2:
+        return None  # no logits, one for each class
+    return float((outputs.argmax(-1) == split.targets).float().mean())

@@ -367,7 +367,7 @@ class Workbench:
 
         def train() -> Iterator[Batch]:
             for inputs, target in splits.train.batches(self.batch, shuffle=True):
-                yield (tuple(map(splits.augment, inputs)) if splits.augment else inputs), target
+                yield splits.varied(inputs), target
 
         def between_rounds(step: Step, achieved: Achieved) -> None:
             at = self._midway(step, achieved)

@@ -42,7 +42,7 @@ class Split:
 class Splits:
     """Train teaches, calibration sets ranges, validation steers the search, test is opened once, for the champion.
 
-    `augment` varies a batch of training inputs `(n, ...)` without changing what they show.
+    `augment` varies a batch of the first of the inputs, `(n, ...)`, without changing what it shows.
     """
 
     train: Split
@@ -51,6 +51,10 @@ class Splits:
     test: Split
     classes: tuple[str, ...] = ()
     augment: Callable[[Tensor], Tensor] | None = None
+
+    def varied(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A batch of training inputs as it is to be learned from: words beside a picture stay."""
+        return inputs if self.augment is None else (self.augment(inputs[0]), *inputs[1:])
 
     def named(self) -> dict[str, Split]:
         """The four splits under the names that people use for them."""

@@ -27,7 +27,7 @@ LAUNCHERS = {
 }
 NODES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LISTS = ("compressor", "runtime", "evaluator")
-PRETRAINED = ("image_classifier", "sentence_encoder", "text_classifier")  # tests/test_pretrained.py makes them
+PRETRAINED = ("clip", "image_classifier", "sentence_encoder", "text_classifier")  # tests/test_pretrained.py makes them
 MANDATORY = {
     "image_folder": ["data.folder=x"],
     "sentences": ["data.file=x", "data.tokenizer=x"],
