@@ -272,7 +272,7 @@ class _Loop:
             beat(self.study, trial.number)
             trial.set_user_attr(OWNER, this_process())
             plan = self.search.space.sample(trial)
-        trial.set_user_attr("digest", plan.digest)
+            trial.set_user_attr("digest", plan.digest)
         return trial, plan, known.get(plan.digest)
 
     def _one(self, trial: Trial, plan: CompressionPlan, tried: bool) -> None:

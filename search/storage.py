@@ -19,6 +19,7 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages._rdb.models import TrialUserAttributeModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -131,22 +132,28 @@ def _is_away(error: BaseException | None) -> bool:
 class _Patient(RDBStorage):
     """A database that may go away for a while. A call whose answer got lost on the way is made once more.
 
-    While parameters are kept back, to be written all at once, it stands still for its reader (see `together`).
+    While what is written is kept back, to go all at once, it stands still for its reader (see `together`).
     """
 
-    kept_back: list[tuple[Any, ...]] | None = None
+    kept_back: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
 
     @patient
-    def write(self, parameters: Sequence[tuple[Any, ...]]) -> None:
+    def write(self, kept: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
         with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            for parameter in parameters:
-                self._set_trial_param_without_commit(session, *parameter)
+            for put, given in kept:
+                put(session, *given)
+
+    def _put(self, put: Callable[..., None], *given: Any) -> None:
+        if self.kept_back is None:
+            self.write([(put, given)])
+        else:
+            self.kept_back.append((put, given))
 
     def _set_trial_param(self, *parameter: Any, **_: Any) -> None:
-        if self.kept_back is None:
-            self.write([parameter])
-        else:
-            self.kept_back.append(parameter)
+        self._put(self._set_trial_param_without_commit, *parameter)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._put(self._set_trial_attr_without_commit, TrialUserAttributeModel, trial_id, key, value)
 
     def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
         return self.read(*args, **kwargs) if self.kept_back is None else []
@@ -162,16 +169,16 @@ _CALLED = {
     *("record_heartbeat", "_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
     *("_create_new_trial", "_check_and_set_param_distribution"),
 }
-for _name in sorted(_CALLED & set(dir(RDBStorage))):
+for _name in sorted(_CALLED & set(dir(RDBStorage)) - set(vars(_Patient))):
     setattr(_Patient, _name, patient(getattr(RDBStorage, _name)))
 
 
 @contextmanager
 def together(study: optuna.Study) -> Iterator[None]:
-    """For asking, while all other workers wait: read nothing that was read before, and write all parameters in one go.
+    """For asking, while all other workers wait: read nothing that was read before, and write all there is in one go.
 
-    A sampler may look at all trials for every knob, which reads those that run anew, and every parameter is a commit:
-    with a hundred knobs and 64 workers, seconds.
+    A sampler may look at all trials for every knob, which reads those that run anew, and every parameter and user
+    attribute of a trial is a commit: with a hundred knobs and 64 workers, seconds.
     """
     storage = cast(Any, study._storage)._backend
     storage.kept_back = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
@@ -137,6 +138,32 @@ def test_a_study_outlasts_a_database_that_goes_away_at_any_call(
     assert storage._get_stale_trial_ids(study._study_id) == []
     assert study.user_attrs == {"left": 1.0}
     assert calls[""] > 30
+
+
+def test_an_ask_writes_attributes_and_parameters_in_one_transaction(tmp_path: Path) -> None:
+    """Each is a commit on its own otherwise, while all other workers wait."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    storage = open_storage(url)
+    study = optuna.create_study(storage=storage, study_name="a", sampler=optuna.samplers.RandomSampler())
+    with quiet():
+        trial = study.ask()
+    begun, written = list[str](), list[int]()
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *given: begun.append(given[2]))
+
+    def commit(_: object) -> None:
+        written.append(sum(not statement.startswith("SELECT") for statement in begun))
+        begun.clear()
+
+    sqlalchemy.event.listen(storage.engine, "commit", commit)
+    with together(study):
+        trial.set_user_attr("owner", "me")
+        trial.suggest_float("a", 0, 1)
+        trial.suggest_float("b", 0, 1)
+        trial.set_user_attr("digest", "abc")
+    assert [count for count in written if count] == [4]
+    (stored,) = optuna.load_study(study_name="a", storage=url).trials
+    assert stored.user_attrs == trial.user_attrs == {"owner": "me", "digest": "abc"}
+    assert stored.params == trial.params
 
 
 def test_parameters_that_are_kept_together_are_all_there_afterwards(tmp_path: Path) -> None:
