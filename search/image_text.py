@@ -43,7 +43,7 @@ class PooledTower(nn.Module):
 def image_text() -> Task:
     """Outputs are pairs as `TwoTowers` gives them; equal targets mean the same, so that each caption fits each picture.
 
-    Both losses are sums over a batch, and larger batches make them harder.
+    Both losses compare an example with all others of its batch, and larger batches make them harder.
     """
     return Task("image_text", contrastive_loss, relation_loss)
 

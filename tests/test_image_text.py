@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optuna.trial import FixedTrial
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
@@ -13,6 +14,7 @@ from compressors.depth import Depth
 from compressors.distill import Distill
 from compressors.errors import ConfigError
 from compressors.heads import Heads
+from compressors.layers import read_layers
 from compressors.lowrank import LowRank
 from compressors.pipeline import Compressor, Context, compress
 from compressors.plan import CompressionPlan, Settings, Step, Target
@@ -20,9 +22,11 @@ from compressors.prune import Prune
 from compressors.quantize import Quantize
 from search.image_text import TEMPERATURE, contrastive_loss, image_text, relation_loss
 from search.pretrained import clip
+from search.space import build_space
 from search.training import FineTuning, trained
 from search.workload import Splits
 from tests.pairs import CONFIG, small_clip, splits
+from tests.studies import CountingRuntime
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
 from tests.words import CONFIG as BERT
 
@@ -158,3 +162,20 @@ def test_every_method_gets_through_each_tower_and_deploys(tmp_path: Path, runtim
             alike = F.cosine_similarity(got, made.model(*inputs), dim=-1).mean()
         assert alike > (0.97 if len(steps) > 5 else 1 - 1e-6)
     assert int8_kernels(deployed) == len(rounded)
+
+
+def test_a_method_can_be_kept_to_one_tower() -> None:
+    model, example = small_clip(), tuple(x[:2] for x in splits().calibration.inputs)
+    quantize = Quantize()
+    bits = {"choices": [8, 32], "granularity": "layer", "include": ["text.*"]}
+    groups = {"quantize": quantize.groups(model, example)}
+    layers = read_layers(model, example)
+    space = build_space(
+        {"quantize": {"bits": bits}}, {"quantize": quantize}, groups, layers, {"fake": CountingRuntime()}
+    )
+    trial = FixedTrial(next(iter(space.uniform())))
+    plan = space.sample(trial)
+    asked = [name for name in trial.params if "@" in name]
+    assert asked
+    assert all(name.startswith("quantize.bits@text.") for name in asked)
+    assert all(layer.startswith("text.") for step in plan.steps for layer in step.per_layer)
