@@ -28,6 +28,7 @@ from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.plan import CompressionPlan, Target
 from evaluators.runtime import Deployed
 from evaluators.stopwatch import own_environment
+from search.allocation import keep_freed_memory
 from search.cache import Cache
 from search.liveness import signal_when_parent_ends
 from search.trial import Clock, Judge, TrialRecord, Workbench
@@ -298,6 +299,7 @@ def main(descriptor: int) -> None:
     # What is sent may hold a network or a transformation of torchvision, which would be imported as it is.
     importlib.import_module("search.torchvision_compat")
     signal_when_parent_ends(signal.SIGKILL)
+    keep_freed_memory()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         # With these a scheduler tells a job that its time is nearly up: that is for the search to hear.
         signal.signal(number, signal.SIG_IGN)
