@@ -166,7 +166,7 @@ def reproduce(*overrides: str) -> Reproduction:
     tracker = build.open_tracker(config)
     study = tracker.study(str(config.study))
     record = tracker.champion(study) if config.trial is None else tracker.trial(study, config.trial)
-    with ProgressView(terminal(), str(config.quality)) as view:
+    with ProgressView(terminal(), build.view(config)) as view:
         job = build.build(build.recorded(tracker.read_study_file(study, CONFIG_FILE) or "", config), view.training)
         tracker.recognise(study, job.fingerprint, ("model", "network", "answers"))
         try:
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def _result(config: DictConfig, workload: Workload | None, extra: Mapping[str, Evaluator]) -> Result:
-    with ProgressView(terminal(), str(config.quality)) as view:
+    with ProgressView(terminal(), build.view(config)) as view:
         job = build.build(config, view.training, workload, extra)
         conclusion = conclude(job, run_together(job, view, config.workers))
     return Result(conclusion, job.tracker, job)

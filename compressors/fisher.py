@@ -103,7 +103,8 @@ def diagonal_fisher(
 ) -> Fisher:
     """One pass over `examples` examples; targets are drawn from the model's own prediction, so labels are not needed.
 
-    Outputs `(n, classes)` are taken for logits, all others for the means of normal distributions. Drawn targets,
+    Outputs `(n, classes)` and `(n, words, classes)` are taken for logits, and the words of an example as independent;
+    all others are the means of normal distributions. Drawn targets,
     unlike the true ones, give the Fisher information itself (Kunstner 2019, arXiv 1905.12558); one example at a time,
     because the square of a mean is not the mean of squares. Where there are labels and a `loss` of `(output, target)`,
     there are slopes too, for another pass.
@@ -168,9 +169,10 @@ def _single(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
 
 def _likelihood(output: Tensor, generator: torch.Generator) -> Tensor:
     """The negative log likelihood of a target that is drawn from the output."""
-    if output.dim() == 2 and output.shape[1] > 1:
-        target = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(output, target)
+    if output.dim() in (2, 3) and output.shape[-1] > 1:
+        logits = output.flatten(0, -2)
+        target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, target, reduction="sum")
     noise = torch.randn(output.shape, generator=generator)
     return 0.5 * (output - (output.detach() + noise)).square().sum()
 

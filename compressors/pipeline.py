@@ -85,8 +85,9 @@ class LayerNumbers:
 
     With `values` (int8 tensor in the weight's shape) and `scales` (`(out, groups)`; weight = value * scale, where group
     g covers `group_size` consecutive inputs of a row, or None all of them) the weights are stored as given. At 8 bits
-    with one scale a row, where the runtime has a kernel, the activations are rounded too, by its own calibrated
-    quantizer, and without `values` the weights as well; all else is computed in the rest precision. With a `codebook`
+    without a `group_size`, where the runtime has a kernel, the activations are rounded too, by its own calibrated
+    quantizer, and without `values` the weights as well; all else is computed in the rest precision, but that kernels
+    for weights alone round their inputs to 8 bits as they come. With a `codebook`
     (float, at most `2 ** bits` entries) `values` are uint8 indices: weight = codebook[value]. `shift` `(out,)` is added
     to the layer's output.
 
@@ -104,6 +105,11 @@ class LayerNumbers:
     calibration: str = "minmax"
     per_channel: bool = True
     symmetric: bool = False
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether a kernel reads these weights as they are, and rounds what it multiplies them with as it comes."""
+        return self.bits == 4 or self.group_size is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that take time to compute and space to keep."""

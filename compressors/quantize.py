@@ -23,6 +23,8 @@ BITS: Mapping[str, tuple[int, ...]] = dict.fromkeys(("conv", "linear", "embeddin
 ROUNDINGS = ("nearest", "mse", "gptq", "descent")
 
 SMALLEST_GROUP = 16
+USUAL_GROUP = 64
+"""Of weights alone in 8 bits, where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Quantize:
     numbers do not depend on other layers' settings. `bias_correction` takes the mean error of the output out of it
     (Nagel 2019, arXiv 1906.04721, with measured means).
 
-    Fewer bits, and 8 of an embedding, have a scale for each group of weights, which adds `32 / group_size` bits a
-    weight. 4 bits of linear layers have a kernel, all else is only stored smaller. The rows of an embedding are looked
-    up one at a time, so that there is no output to see to beside them: `gptq` and `descent` are `mse` there, and no
-    bias is corrected. None of it helps a layer that is already narrow: the conversions around it can cost more than
-    they save.
+    Fewer bits, 8 of an embedding, and with `weights_alone` 8 of linear layers have a scale for each group of weights,
+    which adds `32 / group_size` bits a weight. For linear layers of 4 bits, and of 8 `weights_alone`, there are kernels
+    that need no calibration, because they round what they are given to 8 bits as it comes: they pay where reading the
+    weights is what takes the time, as for one word of a language model. All else is only stored smaller. The rows of an
+    embedding are looked up one at a time, so that there is no output to see to beside them: `gptq` and `descent` are
+    `mse` there, and no bias is corrected. None of it helps a layer that is already narrow: the conversions around it
+    can cost more than they save.
     """
 
     method: ClassVar[str] = "quantize"
@@ -55,9 +59,10 @@ class Quantize:
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`bits` per layer; `group_size`, without it whole rows; `rounding` and `bias_correction` for every width.
 
-        `calibration`, `per_channel` and `symmetric` are for the runtimes and concern 8 bits, see `LayerNumbers`.
-        Without them a plan means what all runtimes do by themselves, and all other weights are rounded as by `mse`.
-        What is told of several layers in the place of one is what it came to the worst.
+        `weights_alone` says what 8 bits of linear layers are. `calibration`, `per_channel` and `symmetric` are for the
+        runtimes and concern 8 bits, see `LayerNumbers`. Without them a plan means what all runtimes do by themselves,
+        and all other weights are rounded as by `mse`. What is told of several layers in the place of one is what it
+        came to the worst.
         """
         layers = {layer.name: layer for layer in read_layers(model, context.example)}
         groups = self.groups(model, context.example)
@@ -66,7 +71,8 @@ class Quantize:
         for owner, settings in step.per_layer.items():
             if owner not in groups:
                 raise Infeasible(f"quantize has no layer {owner}: possible are {', '.join(groups)}")
-            asked[owner] = list(_weights([layers[name] for name in groups[owner]], owner, settings["bits"]))
+            parts = [layers[name] for name in groups[owner]]
+            asked[owner] = list(_weights(parts, owner, settings["bits"], recipe.weights_alone))
         weights = [weight for several in asked.values() for weight in several]
         told: dict[str, Settings] = {weight.name: {"bits": weight.bits} for weight in weights}
         numbers: dict[str, LayerNumbers] = {}
@@ -99,6 +105,7 @@ class _Weight:
     layers: tuple[str, ...]
     kinds: frozenset[str]
     bits: int
+    asked_alone: bool
 
     @property
     def name(self) -> str:
@@ -111,15 +118,15 @@ class _Weight:
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether what it is multiplied with goes to 8 bits too, which is when a runtime calibrates."""
-        return self.bits == 8 and not self.stored
+        """Whether what it is multiplied with goes to 8 bits by calibrated ranges."""
+        return self.bits == 8 and not self.stored and not (self.asked_alone and self.kinds == {"linear"})
 
     @property
     def looked_up(self) -> bool:
         return "embedding" in self.kinds
 
 
-def _weights(parts: Sequence[LayerSpec], owner: str, bits: Scalar) -> Iterator[_Weight]:
+def _weights(parts: Sequence[LayerSpec], owner: str, bits: Scalar, alone: bool) -> Iterator[_Weight]:
     """Those of the layers that share a setting."""
     for layer in parts:
         if layer.tied_to is None:
@@ -129,7 +136,7 @@ def _weights(parts: Sequence[LayerSpec], owner: str, bits: Scalar) -> Iterator[_
                 )
             holding = [part for part in parts if layer.name in (part.name, part.tied_to)]
             names, kinds = tuple(part.name for part in holding), frozenset(part.kind for part in holding)
-            yield _Weight(names, kinds, _fitting(layer, owner, bits))
+            yield _Weight(names, kinds, _fitting(layer, owner, bits), alone)
 
 
 def _fitting(layer: LayerSpec, owner: str, bits: int) -> int:
@@ -148,6 +155,7 @@ class _Recipe:
     symmetric: bool
     rounding: str | None
     bias_correction: bool
+    weights_alone: bool
 
     @classmethod
     def read(cls, shared: Settings) -> "_Recipe":
@@ -157,6 +165,7 @@ class _Recipe:
             symmetric=_flag(shared, "symmetric", False),
             rounding=_one_of(shared, "rounding", ROUNDINGS),
             bias_correction=_flag(shared, "bias_correction", False),
+            weights_alone=_flag(shared, "weights_alone", False),
         )
 
     def rounding_of(self, weight: _Weight) -> str:
@@ -235,7 +244,7 @@ def _one_scale(rows: Tensor, weight: _Weight, recipe: _Recipe) -> Tensor:
 
 def _group_size(weight: _Weight, width: int, shared: Settings) -> int:
     """The size asked for, or the largest power of two that divides the row; or the row, if no kernel has a say."""
-    asked = shared.get("group_size")
+    asked = shared.get("group_size", USUAL_GROUP if weight.bits == 8 and not weight.stored else None)
     if weight.stored and asked is None:
         return width
     if not isinstance(asked, int) or asked < SMALLEST_GROUP:
@@ -247,8 +256,8 @@ def _group_size(weight: _Weight, width: int, shared: Settings) -> int:
         return width
     if divisor < SMALLEST_GROUP:
         raise Infeasible(
-            f"quantize.bits of {weight.name} is 4, but no power of two from {SMALLEST_GROUP} up divides its {width} "
-            "inputs: possible are 8 and 32"
+            f"quantize.bits of {weight.name} is {weight.bits}, but no power of two from {SMALLEST_GROUP} up divides "
+            f"its {width} inputs: possible {'is' if weight.asked_alone else 'are 8 and'} 32"
         )
     return divisor
 
@@ -297,7 +306,7 @@ def _values(grid: _Grid, rounding: str, inputs: Tensor | None) -> Tensor:
 
 def _effect(model: nn.Module, parts: Sequence[LayerSpec], owner: str, settings: Settings, fisher: Fisher) -> Effect:
     try:
-        weights = list(_weights(parts, owner, settings["bits"]))
+        weights = list(_weights(parts, owner, settings["bits"], _Recipe.read(settings).weights_alone))
         loss = sum(_loss(model, weight, settings, fisher) for weight in weights)
     except Infeasible:
         return Effect(math.inf, bits={part.name: int(settings["bits"]) for part in parts})

@@ -20,7 +20,8 @@ Outputs = NDArray[np.float64]
 class Divergence:
     """Mean over examples of KL(original || candidate), or of half the squared error where outputs are no logits.
 
-    Half the squared error is the same divergence between two Gaussians of unit variance. No labels are needed.
+    Several predictions in one example, as of words, add up. Half the squared error is the same divergence between two
+    Gaussians of unit variance. No labels are needed.
     """
 
     def metrics(self) -> tuple[Metric, ...]:
@@ -28,7 +29,7 @@ class Divergence:
         return (LOSS,)
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
-        """Outputs `(n, classes)`, two or more, are logits; any other shape is summed over all but the first axis."""
+        """Outputs `(n, classes)` and `(n, words, classes)`, two or more, are logits; see `divergences`."""
         losses = divergences(examples.original, finite(examples.outputs(deployed)))
         n, value = len(losses), max(0.0, float(losses.mean()))
         half = Z95 * float(losses.std(ddof=1)) / math.sqrt(n) if n > 1 else value
@@ -40,7 +41,10 @@ class Divergence:
 
 
 def divergences(original: np.ndarray, candidate: np.ndarray) -> Outputs:
-    """One number in nats per example; both have the examples first."""
+    """One number in nats per example, which is the first axis; what is not logits is summed over all others."""
+    if original.ndim == 3 and original.shape[2] > 1:
+        # Example by example: of a whole vocabulary for every word, copies in double precision would not fit.
+        return np.array([divergences(*pair).sum() for pair in zip(original, candidate, strict=True)])
     wanted, got = original.astype(np.float64), candidate.astype(np.float64)
     if wanted.ndim == 2 and wanted.shape[1] > 1:
         wanted, got = _log_softmax(wanted), _log_softmax(got)

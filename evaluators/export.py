@@ -11,21 +11,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from compressors.errors import Infeasible
-from compressors.layers import KINDS
+from compressors.layers import KINDS, first_output
 from compressors.pipeline import Artifact, Batch, LayerNumbers
 from evaluators.packed import Floats, Packed, packed
 from evaluators.runtime import CODEBOOK, Array, Session, Support, TensorSpec
 
 OPSET = 17
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
+PAST = "past_"
+"""What the names of inputs begin with that a call may leave out, and which then are empty."""
 PARITY = 1e-3
 """Largest error of the float graph, relative to the largest output, that still counts as the same model."""
 CLIPPED = 1e-4
@@ -34,9 +38,22 @@ FOLDED = 1e-5
 """Largest error of a weight, relative to its largest entry, that still counts as multiplied channel by channel."""
 
 
+@runtime_checkable
+class Continuing(Protocol):
+    """A model of words `(n, t)` that can go on behind those it has seen: `forward(words, *past)`.
+
+    With a past it gives what it has become too, as further outputs: tensors of floats `(n, heads, p + t, width)`, of
+    which `empty_past` makes those with p = 0.
+    """
+
+    def empty_past(self, count: int) -> tuple[Tensor, ...]:
+        """For `count` examples."""
+
+
 def export(artifact: Artifact, example: tuple[Tensor, ...], cache: Path) -> Path:
     """The artifact's float model as `float.onnx`, made once per prefix; inputs `input_0`.. and first output `output_0`.
 
+    A `Continuing` model has inputs `past_0`.. and outputs `present_0`.. beside them, and any number of words.
     Raises `Infeasible` naming the operator that ONNX does not have.
     """
     return once(cache / artifact.prefix / "float.onnx", lambda path: _export(artifact.model, example, path))
@@ -68,7 +85,7 @@ def _settle(made: Path) -> None:
 
 
 def _export(model: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:
-    inputs = [f"input_{i}" for i in range(len(example))]
+    signature = _Signature.of(model, example)
     try:
         with warnings.catch_warnings():
             # The exporter warns that it is old; the new one takes ten times as long (3 s against 0.3 s) for the same
@@ -76,19 +93,57 @@ def _export(model: nn.Module, example: tuple[Tensor, ...], path: Path) -> None:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model,
-                example,
+                signature.example,
                 str(path),
                 dynamo=False,
                 opset_version=OPSET,
-                input_names=inputs,
-                output_names=["output_0"],
-                dynamic_axes={name: {0: "batch"} for name in (*inputs, "output_0")},
+                input_names=signature.inputs,
+                output_names=signature.outputs,
+                dynamic_axes=signature.axes,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise Infeasible(f"the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     graph = onnx.load(path)
+    _keep_inputs(graph.graph, signature)
     _share_initializers(graph.graph)
     onnx.save(graph, path)
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What the exporter is told of inputs and outputs; `axes` are those that may have any length."""
+
+    example: tuple[Tensor, ...]
+    inputs: list[str]
+    outputs: list[str]
+    axes: Mapping[str, Mapping[int, str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: tuple[Tensor, ...]) -> "_Signature":
+        inputs, outputs = [f"input_{i}" for i in range(len(example))], ["output_0"]
+        if not isinstance(model, Continuing):
+            return cls(example, inputs, outputs, {name: {0: "batch"} for name in (*inputs, *outputs)})
+        # Of some words, because nothing may follow from there being none.
+        past = tuple(torch.zeros(x.shape[0], x.shape[1], 2, x.shape[3]) for x in model.empty_past(len(example[0])))
+        before, after = [f"{PAST}{i}" for i in range(len(past))], [f"present_{i}" for i in range(len(past))]
+        axes = {name: {0: "batch", 1: "words"} for name in (*inputs, *outputs)}
+        axes |= {name: {0: "batch", 2: "past"} for name in before} | {name: {0: "batch", 2: "all"} for name in after}
+        return cls((*example, *past), inputs + before, outputs + after, axes)
+
+
+def _keep_inputs(graph: onnx.GraphProto, signature: _Signature) -> None:
+    # The exporter drops inputs that nothing reads, such as the mask of a text whose attentions were all taken out.
+    known = {value.name: value for value in graph.input}
+    sizes = [
+        [signature.axes[name].get(axis, length) for axis, length in enumerate(x.shape)]
+        for name, x in zip(signature.inputs, signature.example, strict=True)
+    ]
+    every = [
+        known.get(name) or helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.numpy().dtype), size)
+        for name, x, size in zip(signature.inputs, signature.example, sizes, strict=True)
+    ]
+    del graph.input[:]
+    graph.input.extend(every)
 
 
 def _share_initializers(graph: onnx.GraphProto) -> None:
@@ -176,16 +231,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan asks of the graph, per node: weights and activations in 8 bits, weights in 4, weights stored smaller.
+    """What a plan asks of the graph, per node: weights and activations in 8 bits, weights alone, weights just stored.
 
-    `given` holds those of the 8-bit nodes whose weights are not the quantizer's own, `recipe` is that of all of them.
-    `shifts` `(out, 1, ..)` are added to what nodes give, instead of those in the numbers: what a folded batch norm did
-    to a weight is done to all of these. A runtime that declares neither a kernel nor storage for something is never
-    asked for it.
+    `grouped` are weights alone in 4 or 8 bits, with scales for groups. `given` holds those of the 8-bit nodes whose
+    weights are not the quantizer's own, `recipe` is that of all of them. `shifts` `(out, 1, ..)` are added to what
+    nodes give, instead of those in the numbers: what a folded batch norm did to a weight is done to all of these. A
+    runtime that declares neither a kernel nor storage for something is never asked for it.
     """
 
     int8: frozenset[str]
-    int4: Mapping[str, LayerNumbers]
+    grouped: Mapping[str, LayerNumbers]
     packed: Mapping[str, Packed]
     given: Mapping[str, LayerNumbers]
     shifts: Mapping[str, Floats]
@@ -195,13 +250,13 @@ class Wanted:
 def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Callable[[str, int], Support]) -> Wanted:
     """The artifact's numbers by node name; raises `Infeasible` for what the runtime refuses or the graph lost."""
     nodes = layer_nodes(graph, artifact.model)
-    int4: dict[str, LayerNumbers] = {}
+    grouped: dict[str, LayerNumbers] = {}
     given: dict[str, LayerNumbers] = {}
     stored: dict[str, Packed] = {}
     shifts: dict[str, Floats] = {}
     asked = {layer: numbers for layer, numbers in artifact.numbers.items() if numbers.bits != 32}
     owners = _stored_owners(artifact.model, asked, support)
-    calibrated = {layer: numbers for layer, numbers in asked.items() if numbers.bits == 8 and layer not in owners}
+    calibrated = {layer: n for layer, n in asked.items() if layer not in owners and n.bits == 8 and not n.weights_alone}
     for layer, numbers in asked.items():
         module = artifact.model.get_submodule(layer)
         _check_numbers(module, layer, numbers, runtime, support, layer in owners)
@@ -216,12 +271,12 @@ def wanted(artifact: Artifact, graph: onnx.ModelProto, runtime: str, support: Ca
             owner = owners[layer] if factors is None else layer
             stored.update(dict.fromkeys(nodes[layer], packed(owner, numbers, factors)))
         else:
-            placed = given if layer in calibrated else int4
+            placed = given if layer in calibrated else grouped
             placed.update(dict.fromkeys(nodes[layer], _scaled(numbers, factors, layer)))
         if numbers.shift is not None:
             shifts.update(dict.fromkeys(nodes[layer], _shift(numbers.shift, factors, places=numbers.values.dim() - 2)))
     int8 = frozenset(node for layer in calibrated for node in nodes[layer])
-    return Wanted(int8, int4, stored, given, shifts, _recipe(calibrated))
+    return Wanted(int8, grouped, stored, given, shifts, _recipe(calibrated))
 
 
 def _stored_owners(
@@ -272,7 +327,9 @@ def _check_numbers(
         raise Infeasible(f"{layer}: 4 bits with no integer values; {runtime} does not round to 4 bits by itself")
     if numbers.values is not None and (numbers.scales is None or bits not in (4, 8)):
         raise Infeasible(f"{layer}: {runtime} places integer values with scales, at 4 and at 8 bits")
-    if bits == 8 and numbers.scales is not None and numbers.scales.shape[1] != 1:
+    if numbers.weights_alone and form != "linear":
+        raise Infeasible(f"{layer}: {runtime} has kernels for weights alone of linear layers only, not of a {form}")
+    if bits == 8 and not numbers.weights_alone and numbers.scales is not None and numbers.scales.shape[1] != 1:
         raise Infeasible(f"{layer}: 8 bits with {numbers.scales.shape[1]} scales a row; {runtime} multiplies with one")
 
 
@@ -317,9 +374,16 @@ def _shift(shift: Tensor, factors: Floats | None, places: int) -> Floats:
     return found.reshape(-1, *[1] * places)
 
 
-def input_specs(example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:
+def input_specs(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:
     """The signature of the exported file."""
-    return tuple(TensorSpec(f"input_{i}", x.shape, str(x.dtype)) for i, x in enumerate(to_arrays(example)))
+    named = {**{f"input_{i}": x for i, x in enumerate(to_arrays(example))}, **empty_arrays(model, len(example[0]))}
+    return tuple(TensorSpec(name, x.shape, str(x.dtype)) for name, x in named.items())
+
+
+def empty_arrays(model: nn.Module, count: int) -> dict[str, Array]:
+    """The past that a call begins with, by input name; nothing for a model without."""
+    past = to_arrays(model.empty_past(count)) if isinstance(model, Continuing) else ()
+    return {f"{PAST}{i}": x for i, x in enumerate(past)}
 
 
 def to_arrays(tensors: tuple[Tensor, ...]) -> tuple[Array, ...]:
@@ -327,7 +391,7 @@ def to_arrays(tensors: tuple[Tensor, ...]) -> tuple[Array, ...]:
     return tuple(x.detach().cpu().numpy() for x in tensors)
 
 
-def calibration_arrays(batches: Callable[[], Iterable[Batch]], limit: int) -> list[dict[str, Array]]:
+def calibration_arrays(model: nn.Module, batches: Callable[[], Iterable[Batch]], limit: int) -> list[dict[str, Array]]:
     """The first `limit` calibration examples by input name, in the batches in which they come."""
     fed: list[dict[str, Array]] = []
     left = limit
@@ -335,7 +399,7 @@ def calibration_arrays(batches: Callable[[], Iterable[Batch]], limit: int) -> li
         if left <= 0:
             break
         arrays = to_arrays(tuple(x[:left] for x in batch[0]))
-        fed.append({f"input_{i}": x for i, x in enumerate(arrays)})
+        fed.append({**{f"input_{i}": x for i, x in enumerate(arrays)}, **empty_arrays(model, len(arrays[0]))})
         left -= len(arrays[0])
     return fed
 
@@ -344,9 +408,15 @@ def check_parity(artifact: Artifact, example: tuple[Tensor, ...], session: Sessi
     """Raises `Infeasible` unless the float graph agrees with the torch model, also at another batch size."""
     inputs = tuple(torch.cat([x, x[:1]]) for x in example)
     with torch.no_grad():
-        output = artifact.model(*inputs)
-    expected = (output if isinstance(output, Tensor) else output[0]).float().numpy()
-    got = session(*to_arrays(inputs))
+        expected = first_output(artifact.model(*inputs)).float().numpy()
+        _check_same(expected, session(*to_arrays(inputs)))
+        if isinstance(artifact.model, Continuing):
+            seen = inputs[0].shape[1] // 2
+            _, *past = artifact.model(inputs[0][:, :seen], *artifact.model.empty_past(len(inputs[0])))
+            _check_same(expected[:, seen:], session(*to_arrays((inputs[0][:, seen:], *past))))
+
+
+def _check_same(expected: NDArray[np.float32], got: NDArray[np.float32]) -> None:
     if not (np.isfinite(expected).all() and np.isfinite(got).all()):
         raise Infeasible("the float model's output holds NaN or infinity")
     if got.shape != expected.shape:

@@ -17,11 +17,8 @@ from compressors.errors import ConfigError, Infeasible, at_least
 from compressors.plan import Scalar
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
-from evaluators.runtime import Deployed
+from evaluators.runtime import Array, Deployed
 from evaluators.stopwatch import Reading, Sessions, Stopwatch, Timing
-
-RATIO = Metric("latency_ratio", "of reference", "minimize")
-MILLISECONDS = Metric("latency_ms", "ms", "minimize")
 
 
 @dataclass
@@ -48,6 +45,9 @@ class Latency:
     floor: float = 0.06
     retries: int = 6
     of_machine: ClassVar[bool] = True
+    option: ClassVar[str] = "evaluator.latency"
+    ratio: ClassVar[Metric] = Metric("latency_ratio", "of reference", "minimize")
+    milliseconds: ClassVar[Metric] = Metric("latency_ms", "ms", "minimize")
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _kept: "_Kept | None" = field(default=None, init=False, repr=False)
@@ -55,19 +55,23 @@ class Latency:
     def __post_init__(self) -> None:
         """Refuses counts that would time nothing; a band needs two sessions."""
         counts = {name: getattr(self, name) for name in ("batch", "rounds", "calls", "retries")}
-        at_least(1, **{f"evaluator.latency.{name}": count for name, count in counts.items()})
-        at_least(2, **{"evaluator.latency.sessions": self.sessions})
+        at_least(1, **{f"{self.option}.{name}": count for name, count in counts.items()})
+        at_least(2, **{f"{self.option}.sessions": self.sessions})
         if not isinstance(self.core, int):
-            raise ConfigError("evaluator.latency.core", f"is {self.core!r}", "give a whole number, -1 for the last")
+            raise ConfigError(f"{self.option}.core", f"is {self.core!r}", "give a whole number, -1 for the last")
         least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds", "floor")}
-        at_least(0, **{f"evaluator.latency.{name}": value for name, value in least.items()})
+        at_least(0, **{f"{self.option}.{name}": value for name, value in least.items()})
 
     def metrics(self) -> tuple[Metric, ...]:
-        """`latency_ratio` to the reference, and the same reading in `latency_ms` per call of the whole batch."""
-        return (RATIO, MILLISECONDS)
+        """The ratio to the reference, and the same reading in milliseconds per call of the whole batch."""
+        return (self.ratio, self.milliseconds)
+
+    def fed(self, deployed: Deployed, examples: Examples) -> Sequence[Array]:
+        """What a timed call is given: the first `batch` examples."""
+        return [np.resize(x[: self.batch], (self.batch, *x.shape[1:])) for x in examples.inputs]
 
     def measure(self, deployed: Deployed, reference: Deployed, examples: Examples) -> Sequence[Measurement]:
-        """Time the first `batch` examples; raises `Infeasible` when the machine does not hold still."""
+        """Time both on what they are `fed`; raises `Infeasible` when the machine does not hold still."""
         reading = self._read(deployed, reference, examples, self.sessions)
         self._kept = None
         return self._measurements(reading, reference, band(reading.ratios, self.floor))
@@ -92,7 +96,7 @@ class Latency:
         missing = sessions - len(kept)
         if missing <= 0:
             return Reading(kept)
-        inputs = tuple(np.resize(x[: self.batch], (self.batch, *x.shape[1:])) for x in examples.inputs)
+        inputs = self.fed(deployed, examples), self.fed(reference, examples)
         seconds = self.seconds * missing / self.sessions
         timing = Timing(self.batch, self.threads, missing, self.rounds, self.warmup, self.calls, seconds)
         return Reading(kept + self._steady(deployed, reference, inputs, timing).sessions)
@@ -110,12 +114,12 @@ class Latency:
         low, value, high = ends
         n = sum(map(len, reading.sessions))
         return (
-            Measurement(RATIO, value, (low, high), n, conditions),
-            Measurement(MILLISECONDS, *_in_ms(reading, low, value, high), n, conditions),
+            Measurement(self.ratio, value, (low, high), n, conditions),
+            Measurement(self.milliseconds, *_in_ms(reading, low, value, high), n, conditions),
         )
 
     def _steady(
-        self, deployed: Deployed, reference: Deployed, inputs: tuple[np.ndarray, ...], timing: Timing
+        self, deployed: Deployed, reference: Deployed, inputs: tuple[Sequence[Array], Sequence[Array]], timing: Timing
     ) -> Reading:
         """Repeat until the reference is at its calibrated speed, or has clearly settled at a new one."""
         self._stopwatch = self._stopwatch or Stopwatch(self.core, self.threads)

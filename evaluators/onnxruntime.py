@@ -76,11 +76,11 @@ class OnnxRuntime:
         model = load_graph(base / "model.onnx")
         if ask.int8:
             full = source.with_name(f"onnxruntime-int8-{self.calibration_examples}-{ask.recipe}")
-            once(full, lambda made: _write_int8(base, context, self.calibration_examples, ask.recipe, made))
+            once(full, lambda made: _write_int8(base, artifact, context, self.calibration_examples, ask.recipe, made))
             model = keep_int8(model, load_graph(full / "model.onnx"), ask.int8)
             place_int8(model, load_graph(base / "model.onnx"), ask.given, ask.shifts)
-        if ask.int4:
-            model = _place_int4(model, ask.int4)
+        if ask.grouped:
+            model = _place_grouped(model, ask.grouped)
         if ask.packed:
             model = _assemble(model, *with_packed(model.graph, ask.packed))
         for node, shift in ask.shifts.items():
@@ -88,7 +88,7 @@ class OnnxRuntime:
                 add_to_output(model, node, shift)
         folder.mkdir(parents=True, exist_ok=True)
         onnx.save(model, folder / "model.onnx")
-        return Deployed(self, folder, precision, input_specs(context.example))
+        return Deployed(self, folder, precision, input_specs(artifact.model, context.example))
 
     def loader(self) -> Loader:
         """`load_onnxruntime`."""
@@ -124,10 +124,16 @@ def load_onnxruntime(folder: str, precision: str, batch: int | None, threads: in
         disabled_optimizers=["WeightBiasQuantization"],
     )
     names = [value.name for value in session.get_inputs()]
+    past = {value.name: value.shape[1:] for value in session.get_inputs() if value.name.startswith("past_")}
+    needed = [name for name in names if name not in past]
     outputs = [session.get_outputs()[0].name]
 
     def run(*inputs: "Array") -> "NDArray[np.float32]":
-        return np.asarray(session.run(outputs, dict(zip(names, inputs, strict=True)))[0], dtype=np.float32)
+        given = dict(zip(names if len(inputs) == len(names) else needed, inputs, strict=True))
+        for name in past.keys() - given.keys():
+            sizes = (size if isinstance(size, int) else 0 for size in past[name])
+            given[name] = np.zeros((len(inputs[0]), *sizes), np.float32)
+        return np.asarray(session.run(outputs, given)[0], dtype=np.float32)
 
     return run
 
@@ -143,7 +149,7 @@ def _write_float(source: Path, artifact: Artifact, context: Context, made: Path)
     check_parity(artifact, context.example, load_onnxruntime(str(made), "fp32", None, 0))
 
 
-def _write_int8(base: Path, context: Context, examples: int, recipe: Recipe, made: Path) -> None:
+def _write_int8(base: Path, artifact: Artifact, context: Context, examples: int, recipe: Recipe, made: Path) -> None:
     made.mkdir()
     graph = load_graph(base / "model.onnx")
     layers = weighted_nodes(graph)
@@ -151,7 +157,7 @@ def _write_int8(base: Path, context: Context, examples: int, recipe: Recipe, mad
         base / "model.onnx",
         made / "model.onnx",
         float_nodes(graph, layers),
-        calibration_arrays(context.calibration, examples),
+        calibration_arrays(artifact.model, context.calibration, examples),
         recipe,
     )
 
@@ -316,7 +322,7 @@ def _in_order(needed: Iterable[str], makers: Mapping[str, onnx.NodeProto]) -> It
     return TopologicalSorter({n: [x for x in makers[n].input if x in makers] for n in needed}).static_order()
 
 
-def _place_int4(model: onnx.ModelProto, numbers: Mapping[str, LayerNumbers]) -> onnx.ModelProto:
+def _place_grouped(model: onnx.ModelProto, numbers: Mapping[str, LayerNumbers]) -> onnx.ModelProto:
     constants = {tensor.name for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     weights = list(model.graph.initializer)
@@ -335,11 +341,11 @@ def _place_int4(model: onnx.ModelProto, numbers: Mapping[str, LayerNumbers]) -> 
 
 def _packed(node: onnx.NodeProto, numbers: LayerNumbers) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
     if numbers.values is None or numbers.scales is None:
-        raise Infeasible(f"{node.name}: 4 bits without integer values")
+        raise Infeasible(f"{node.name}: {numbers.bits} bits without integer values")
     values, scales = numbers.values.numpy(), numbers.scales.numpy().astype(np.float32)
     block, scales = _blocks(node.name, values.shape[1], scales)
     tensors = [
-        numpy_helper.from_array(_pack(values, block), f"{node.name}.values"),
+        numpy_helper.from_array(_pack(values, numbers.bits, block), f"{node.name}.values"),
         numpy_helper.from_array(scales.reshape(-1), f"{node.name}.scales"),
     ]
     multiply = helper.make_node(
@@ -350,7 +356,7 @@ def _packed(node: onnx.NodeProto, numbers: LayerNumbers) -> tuple[onnx.NodeProto
         domain=MICROSOFT,
         K=values.shape[1],
         N=values.shape[0],
-        bits=4,
+        bits=numbers.bits,
         block_size=block,
         # Activations are rounded to 8 bits per block inside the kernel; without that it is up to ten times slower.
         accuracy_level=4,
@@ -367,16 +373,18 @@ def _blocks(name: str, width: int, scales: NDArray[np.float32]) -> tuple[int, ND
     size = width // groups
     block = min(LARGEST_BLOCK, size & -size)
     if block < SMALLEST_BLOCK:
-        raise Infeasible(f"{name}: ONNX Runtime has no 4-bit groups of {size}; take a multiple of {SMALLEST_BLOCK}")
+        raise Infeasible(f"{name}: ONNX Runtime has no groups of {size} weights; take a multiple of {SMALLEST_BLOCK}")
     return block, np.repeat(scales, size // block, axis=1)
 
 
-def _pack(values: NDArray[np.int8], block: int) -> NDArray[np.uint8]:
-    """`(out, blocks, block / 2)` bytes of two nibbles, the first one low, with 8 for zero."""
+def _pack(values: NDArray[np.int8], bits: int, block: int) -> NDArray[np.uint8]:
+    """`(out, blocks, bytes)` with the middle of the range for zero; of two nibbles in a byte, the first one is low."""
     rows, width = values.shape
-    padded = np.pad(values, ((0, 0), (0, -width % block)))
-    nibbles = (padded + 8).astype(np.uint8).reshape(rows, -1, block)
-    packed: NDArray[np.uint8] = nibbles[..., 0::2] + nibbles[..., 1::2] * np.uint8(16)
+    padded = np.pad(values, ((0, 0), (0, -width % block))).astype(np.int16)
+    codes: NDArray[np.uint8] = (padded + 2 ** (bits - 1)).astype(np.uint8).reshape(rows, -1, block)
+    if bits == 8:
+        return codes
+    packed: NDArray[np.uint8] = codes[..., 0::2] + codes[..., 1::2] * np.uint8(16)
     return packed
 
 

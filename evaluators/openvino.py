@@ -1,5 +1,6 @@
 """OpenVINO on the CPU; its 8-bit graphs are made in `openvino_int8`."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from evaluators.packed_openvino import reshaped, unpacked
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
 
 HINT = {"fp32": "f32", "bf16": "bf16"}
+DYNAMIC = ["compareto", "dynamic_quantization_group_size"]
+"""Where a file says what its loader is to set that option to."""
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 
 
@@ -67,19 +70,21 @@ class OpenVINO:
         model = _read(base).clone()
         if ask.int8:
             full = source.with_name(f"openvino-int8-{self.calibration_examples}-{ask.recipe}")
-            model = _read(once(full, lambda made: self._write_int8(base, context, ask.recipe, made))).clone()
+            model = _read(once(full, lambda made: self._write_int8(base, artifact, context, ask.recipe, made))).clone()
             keep_int8(model, _weights(_read(base)), _operations(_read(base), ask.int8))
             given = {_find(model, node).get_friendly_name(): numbers for node, numbers in ask.given.items()}
             place_int8(model, _weights(_read(base)), given)
-        for node, numbers in ask.int4.items():
+        for node, numbers in ask.grouped.items():
             _place(model, node, _decompressed(numbers, node))
+        if ask.grouped:
+            model.set_rt_info(str(_common_group(ask.grouped)), DYNAMIC)
         _place_packed(model, ask.packed)
         for node, shift in ask.shifts.items():
             add_to_output(_find(model, node), shift)
         model.validate_nodes_and_infer_types()
         folder.mkdir(parents=True, exist_ok=True)
         _save(model, folder, half=precision == "bf16")
-        return Deployed(self, folder, precision, input_specs(context.example))
+        return Deployed(self, folder, precision, input_specs(artifact.model, context.example))
 
     def loader(self) -> Loader:
         """`load_openvino`."""
@@ -93,8 +98,8 @@ class OpenVINO:
         """Operation -> primitive, such as `brgconv_avx512_amx_I8`, of whatever multiplies with a weight."""
         return _kernels(deployed)
 
-    def _write_int8(self, base: Path, context: Context, recipe: Recipe, made: Path) -> None:
-        batches = calibration_arrays(context.calibration, self.calibration_examples)
+    def _write_int8(self, base: Path, artifact: Artifact, context: Context, recipe: Recipe, made: Path) -> None:
+        batches = calibration_arrays(artifact.model, context.calibration, self.calibration_examples)
         # A clone, because NNCF leaves marks in the graph it is given, and later files would tell of them.
         _save(quantize(_read(base).clone(), batches, recipe), made, half=False)
 
@@ -108,9 +113,13 @@ def load_openvino(folder: str, precision: str, batch: int | None, threads: int) 
     model = core.read_model(f"{folder}/model.xml")
     if batch is not None:
         model.reshape({port: [batch, *list(port.get_partial_shape())[1:]] for port in model.inputs})
+    dynamic = ["compareto", "dynamic_quantization_group_size"]
     options = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        # Of the inputs of weights that are alone in few bits; 0 rounds none.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": model.get_rt_info(dynamic).astype(str)
+        if model.has_rt_info(dynamic)
+        else "0",
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
     }
@@ -118,9 +127,14 @@ def load_openvino(folder: str, precision: str, batch: int | None, threads: int) 
         options["INFERENCE_NUM_THREADS"] = str(threads)
     request = core.compile_model(model, "CPU", options).create_infer_request()
     output = request.model_outputs[0]
+    past = [p.get_partial_shape() for p in request.model_inputs if p.get_any_name().startswith("past_")]
 
     def run(*inputs: "Array") -> "NDArray[np.float32]":
-        request.infer(inputs, share_inputs=True)
+        given = list(inputs)
+        if past and len(given) == len(request.model_inputs) - len(past):
+            sizes = ([0 if size.is_dynamic else size.get_length() for size in list(shape)[1:]] for shape in past)
+            given += [np.zeros((len(inputs[0]), *several), np.float32) for several in sizes]
+        request.infer(given, share_inputs=True)
         # A copy: the request writes its next answer into the same memory.
         return np.array(request.get_tensor(output).data, dtype=np.float32)
 
@@ -275,13 +289,20 @@ def _place_packed(model: ov.Model, stored: Mapping[str, Packed]) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def _common_group(grouped: Mapping[str, LayerNumbers]) -> int:
+    """Inputs are rounded in groups that fit into those of every weight; 0 where there are none."""
+    sizes = [n.group_size or n.values.shape[1] for n in grouped.values() if n.values is not None]
+    return math.gcd(*sizes)
+
+
 def _decompressed(numbers: LayerNumbers, name: str) -> Any:
     if numbers.values is None or numbers.scales is None:
-        raise Infeasible(f"{name}: 4 bits without integer values")
+        raise Infeasible(f"{name}: {numbers.bits} bits without integer values")
     rows, groups = numbers.scales.shape
     values = numbers.values.numpy().reshape(rows, groups, -1)
-    tensor = ov.Tensor(ov.Type.i4, ov.Shape(values.shape))  # owns its memory: one made from an array would borrow it
-    tensor.data[:] = _pack(values)
+    kind = ov.Type.i4 if numbers.bits == 4 else ov.Type.i8
+    tensor = ov.Tensor(kind, ov.Shape(values.shape))  # owns its memory: one made from an array would borrow it
+    tensor.data[:] = _pack(values) if numbers.bits == 4 else values
     constant = opset13.constant(tensor)
     scales = opset13.constant(numbers.scales.numpy().astype(np.float32)[..., None])
     weight = opset13.multiply(opset13.convert(constant, "f32"), scales)
@@ -299,7 +320,9 @@ def _kernels(deployed: Deployed) -> dict[str, str]:
     core = ov.Core()
     model = core.read_model(deployed.folder / "model.xml")
     # With an open batch size the plugin chooses only when it runs.
-    model.reshape({port: [1, *spec.shape[1:]] for port, spec in zip(model.inputs, deployed.inputs, strict=True)})
+    # A past of no word would leave products without anything to multiply.
+    shapes = {port: [1, *(n or 1 for n in s.shape[1:])] for port, s in zip(model.inputs, deployed.inputs, strict=True)}
+    model.reshape(shapes)
     options = {"INFERENCE_PRECISION_HINT": HINT[deployed.precision], "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     compiled = core.compile_model(model, "CPU", options)
     found = {}

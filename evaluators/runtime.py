@@ -15,7 +15,7 @@ from compressors.pipeline import Artifact, Context
 
 Array = NDArray[np.generic]
 Session = Callable[..., NDArray[np.float32]]
-"""Takes the model's inputs as arrays, gives its first output."""
+"""Takes the model's inputs as arrays, gives its first output; a past that is left out is empty."""
 Loader = Callable[[str, str, int | None, int], Session]
 
 
@@ -33,7 +33,10 @@ class Support(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input of the deployed file; the first entry of `shape` is the batch and may vary."""
+    """One input of the deployed file; the first entry of `shape` is the batch and may vary.
+
+    An entry 0 says that a call may leave this input out: it is a past of so many words, and begins with none.
+    """
 
     name: str
     shape: tuple[int, ...]

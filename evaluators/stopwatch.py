@@ -26,6 +26,8 @@ from compressors.errors import Infeasible
 from evaluators.runtime import Array, Deployed, Session
 
 PATIENCE_S = 300
+Call = Callable[[], object]
+"""One inference."""
 Sessions = tuple[tuple[tuple[float, float], ...], ...]
 """`[session][round]`: seconds per call of `(reference, candidate)`."""
 
@@ -72,16 +74,19 @@ class Stopwatch:
         self._place = (str(core), str(max(1, threads)))
         self._process: subprocess.Popen[str] | None = None
 
-    def read(self, candidate: Deployed, reference: Deployed, inputs: Sequence[Array], timing: Timing) -> Reading:
-        """Time both; raises `Infeasible` when a file crashes the process or never answers."""
+    def read(
+        self,
+        candidate: Deployed,
+        reference: Deployed,
+        inputs: tuple[Sequence[Array], Sequence[Array]],
+        timing: Timing,
+    ) -> Reading:
+        """Time both, each on its own `inputs`; raises `Infeasible` when a file crashes the process or never answers."""
         with tempfile.TemporaryDirectory() as folder:
-            for i, x in enumerate(inputs):
-                np.save(Path(folder) / f"{i}.npy", x, allow_pickle=False)
             answer = self._ask(
                 {
-                    "candidate": _describe(candidate),
-                    "reference": _describe(reference),
-                    "inputs": [str(Path(folder) / f"{i}.npy") for i in range(len(inputs))],
+                    "candidate": _describe(candidate, inputs[0], Path(folder, "candidate")),
+                    "reference": _describe(reference, inputs[1], Path(folder, "reference")),
                     "timing": asdict(timing),
                 }
             )
@@ -130,9 +135,15 @@ def _start(core: str, threads: str) -> "subprocess.Popen[str]":
     )
 
 
-def _describe(deployed: Deployed) -> dict[str, str]:
+def _describe(deployed: Deployed, inputs: Sequence[Array], scratch: Path) -> dict[str, Any]:
+    """How to load and call it; the arrays are handed over as files."""
     loader: Any = deployed.runtime.loader()
+    scratch.mkdir()
+    paths = [scratch / f"{i}.npy" for i in range(len(inputs))]
+    for path, x in zip(paths, inputs, strict=True):
+        np.save(path, x, allow_pickle=False)
     return {
+        "inputs": list(map(str, paths)),
         "module": loader.__module__,
         "function": loader.__name__,
         "folder": str(deployed.folder),
@@ -158,24 +169,21 @@ def _serve() -> None:
 
 def _time(question: Mapping[str, Any]) -> dict[str, Any]:
     timing = Timing(**question["timing"])
-    inputs = [np.load(path, allow_pickle=False) for path in question["inputs"]]
     # Reference and candidate share the time evenly over the sessions.
     bound = timing.seconds / timing.sessions
-    return {"sessions": [_session(question, inputs, timing, bound) for _ in range(timing.sessions)]}
+    return {"sessions": [_session(question, timing, bound) for _ in range(timing.sessions)]}
 
 
-def _session(
-    question: Mapping[str, Any], inputs: Sequence[Array], timing: Timing, bound: float
-) -> list[tuple[float, float]]:
+def _session(question: Mapping[str, Any], timing: Timing, bound: float) -> list[tuple[float, float]]:
     """One fresh load of both files: seconds per call `(reference, candidate)` in each round."""
     reference = _load(question["reference"], timing)
     candidate = _load(question["candidate"], timing)
-    once = sum(min(_calls(session, inputs, 1 + timing.warmup // 4)) for session in (reference, candidate))
+    once = sum(min(_calls(call, 1 + timing.warmup // 4)) for call in (reference, candidate))
     timing = _within(timing, bound / (timing.rounds * max(once, 1e-9)))
     pairs: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(pairs) < timing.rounds and (not pairs or time.perf_counter() - began < bound):
-        pairs.append((_median_call(reference, inputs, timing), _median_call(candidate, inputs, timing)))
+        pairs.append((_median_call(reference, timing), _median_call(candidate, timing)))
     return pairs
 
 
@@ -185,24 +193,26 @@ def _within(timing: Timing, affordable: float) -> Timing:
     return replace(timing, warmup=math.ceil(share * timing.warmup), calls=math.ceil(share * timing.calls))
 
 
-def _median_call(session: Session, inputs: Sequence[Array], timing: Timing) -> float:
+def _median_call(call: Call, timing: Timing) -> float:
     """Seconds; the untimed calls bring weights and code back into the caches after the other model ran."""
-    _calls(session, inputs, timing.warmup)
-    return statistics.median(_calls(session, inputs, timing.calls))
+    _calls(call, timing.warmup)
+    return statistics.median(_calls(call, timing.calls))
 
 
-def _calls(session: Session, inputs: Sequence[Array], count: int) -> list[float]:
+def _calls(call: Call, count: int) -> list[float]:
     times = []
     for _ in range(count):
         began = time.perf_counter()
-        session(*inputs)
+        call()
         times.append(time.perf_counter() - began)
     return times
 
 
-def _load(description: Mapping[str, str], timing: Timing) -> Session:
+def _load(description: Mapping[str, Any], timing: Timing) -> Call:
     load: Callable[..., Session] = getattr(importlib.import_module(description["module"]), description["function"])
-    return load(description["folder"], description["precision"], timing.batch, timing.threads)
+    inputs = [np.load(path, allow_pickle=False) for path in description["inputs"]]
+    session = load(description["folder"], description["precision"], timing.batch, timing.threads)
+    return lambda: session(*inputs)
 
 
 def _pin(core: int, threads: int) -> None:

@@ -39,7 +39,7 @@ from search.pareto import front
 from search.progress import ProgressView
 from search.study import Budget, Search, Watcher
 from search.trial import Clock, TrialRecord
-from search.view import describe
+from search.view import View, describe
 from search.workload import tensors_digest
 
 ROOT = Path(__file__).parents[1]
@@ -154,13 +154,13 @@ class Outcome:
 def train(job: Job) -> None:
     """The network of this seed, kept in the usual cache, from where every method takes it."""
     config = build.compose(job.seeded())
-    with ProgressView(Console(width=130), "accuracy") as view:
+    with ProgressView(Console(width=130), View()) as view:
         build.build_workload(config, Path(config.cache).expanduser(), view.training)
 
 
 def perform(job: Job, began: float) -> None:
     """The whole run; `began` is the Unix time at which its process was started."""
-    with TemporaryDirectory() as scratch, ProgressView(Console(width=130), "accuracy") as view:
+    with TemporaryDirectory() as scratch, ProgressView(Console(width=130), View()) as view:
         search = build.build(_configured(job, Path(scratch)), view.training)
         rival = job.method in RIVALS
         outcome = _rival(job, search, Path(scratch)) if rival else searched(job, search, began, view)

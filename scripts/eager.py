@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 
 from compressors.errors import Infeasible
+from compressors.layers import first_output
 from compressors.pipeline import Artifact, Context
 from evaluators.export import input_specs
 from evaluators.runtime import Array, Deployed, Loader, Session, Support
@@ -48,7 +49,7 @@ class Eager:
         weights = {name: x.clone().contiguous() for name, x in artifact.model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "weights.safetensors")
         (folder / "network.json").write_text(json.dumps(dict(self.network)))
-        return Deployed(self, folder, "fp32", input_specs(context.example))
+        return Deployed(self, folder, "fp32", input_specs(artifact.model, context.example))
 
     def loader(self) -> Loader:
         """`load_eager`."""
@@ -73,6 +74,6 @@ def load_eager(folder: str, precision: str, batch: int | None, threads: int) -> 
 
     def run(*inputs: Array) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return np.asarray(model(*map(torch.from_numpy, inputs)).numpy(), np.float32)
+            return np.asarray(first_output(model(*map(torch.from_numpy, inputs))).numpy(), np.float32)
 
     return run

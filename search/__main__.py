@@ -20,7 +20,7 @@ from search.workers import run_together
 def search(config: DictConfig, console: Console) -> None:
     """Build, run to the budget or to Ctrl-C, choose, register, and print the front."""
     keep_freed_memory()
-    with ProgressView(console, str(config.quality)) as view:
+    with ProgressView(console, build.view(config)) as view:
         job = build.build(config, view.training)
         outcome = run_together(job, view, config.workers)
         conclusion = conclude(job, outcome) if config.worker is None else conclude_once(job, outcome)

@@ -47,6 +47,7 @@ from search.study import Budget, Measure, Search
 from search.tracking import CONFIG_FILE, Tracker
 from search.training import TrainingProgress, trained
 from search.trial import Workbench
+from search.view import View
 from search.workload import Splits, Task, Workload, checked, classification, code_digest
 
 Watch = Callable[[TrainingProgress], None]
@@ -231,6 +232,11 @@ def storage_of(overrides: Sequence[str]) -> tuple[str, str]:
     config = compose(overrides)
     _check(config)
     return str(config.storage.url), str(config.study)
+
+
+def view(config: DictConfig) -> View:
+    """What people are shown while it runs."""
+    return View(str(config.quality), str(config.rule.get("speed", "latency_ratio")))
 
 
 def open_tracker(config: DictConfig) -> Tracker:

@@ -58,7 +58,7 @@ def conclude_once(search: Search, outcome: Outcome) -> Conclusion | None:
 
 def _conclude(search: Search, outcome: Outcome) -> Conclusion:
     choice = choose(outcome.records, search.rule, [m.name for m in search.objectives], search.bounds)
-    view = View(quality=search.quality)
+    view = View(search.quality, search.rule.speed)
     tracker = search.tracker
     # An interrupted search has not said its last word: the test split waits.
     test = {} if outcome.ended in (INTERRUPTED, STOPPED) else _test_once(search, outcome, choice.record)
@@ -90,7 +90,7 @@ def reselect(selection: Selection) -> Conclusion:
     front = tuple(front_of(records, selection.objectives, selection.bounds))
     tracker.register(study, front, choice.record, selection.runtimes)
     outcome = Outcome(study, records, front, "chosen from the recorded trials, nothing was run")
-    view = View(quality=selection.quality)
+    view = View(selection.quality, selection.rule.speed)
     return Conclusion(outcome, choice, view, _recorded_test(tracker, study, choice.record), tracker.link(study))
 
 

@@ -43,7 +43,8 @@ class PooledTower(nn.Module):
 def image_text() -> Task:
     """Outputs are pairs as `TwoTowers` gives them; equal targets mean the same, so that each caption fits each picture.
 
-    Both losses compare an example with all others of its batch, and larger batches make them harder.
+    Where losses are predicted they pass for logits, as `embedding` says. Both losses compare an example with all others
+    of its batch, and larger batches make them harder.
     """
     return Task("image_text", contrastive_loss, relation_loss)
 

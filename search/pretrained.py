@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 import search.torchvision_compat  # noqa: F401  transformers imports torchvision
 from compressors.errors import ConfigError
 from search.image_text import PooledTower, TwoTowers
+from search.language import CausalLM
 
 Settings = Mapping[str, Any]
 HEADS = ("new", "kept")
@@ -99,6 +100,59 @@ def clip(source: str | None = None, config: Settings | None = None, **_data: int
     )
 
 
+def causal_lm(
+    source: str | None = None,
+    config: Settings | None = None,
+    untie: bool = True,
+    channels: int | None = None,
+    **_data: int,
+) -> nn.Module:
+    """A language model such as GPT-2 or Llama, made as `sentence_encoder` is.
+
+    `untie` gives the head a table of its own where it shares that of the embedding. `channels` is the number of words
+    in each text of the data.
+    """
+    body: Any = _network("AutoModelForCausalLM", source, config, {})
+    places = getattr(body.config, "max_position_embeddings", None)
+    if channels and places and channels > places:
+        problem = f"is {channels}, and the model has places for {places} words"
+        raise ConfigError("data.tokens", problem, "give a number up to that")
+    head, embedding = body.get_output_embeddings(), body.get_input_embeddings()
+    if untie and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    _with_linear_layers(body)
+    model = CausalLM(body.eval())
+    if not _goes_on(model):
+        problem = f"is a {body.config.model_type}, which cannot go on behind keys and values that were computed before"
+        path = "model.network." + ("source" if config is None else "config")
+        raise ConfigError(path, problem, "give one such as gpt2 or llama")
+    return model
+
+
+def _goes_on(model: CausalLM) -> bool:
+    """Whether two words give the same at once and one after the other."""
+    words = torch.tensor([[0, 1]])
+    try:
+        with torch.no_grad():
+            whole = model(words)
+            _, *past = model(words[:, :1], *model.empty_past(1))
+            second, *_ = model(words[:, 1:], *past)
+    except Exception:  # noqa: BLE001  whatever a model does that keeps something else than keys and values
+        return False
+    return torch.allclose(second, whole[:, 1:], atol=1e-3 * float(whole.abs().max()))
+
+
+def _with_linear_layers(body: nn.Module) -> None:
+    """GPT-2 has its linear layers as a class of the library's own, with the weight turned round."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, turned in [*body.named_modules()]:
+        if isinstance(turned, Conv1D):
+            layer = nn.Linear(*turned.weight.shape)
+            layer.weight, layer.bias = nn.Parameter(turned.weight.detach().T.contiguous()), turned.bias
+            body.set_submodule(name, layer)
+
+
 def _is_new(head: str) -> bool:
     if head not in HEADS:
         raise ConfigError("model.network.head", f"is {head!r}", f"use one of {', '.join(HEADS)}")
@@ -116,7 +170,12 @@ def _network(
         raise ConfigError("model.network.source", problem, "give a folder with weights or a config, and not both")
     auto, options = getattr(transformers, kind), {"attn_implementation": "eager", "dtype": torch.float32}
     if config is not None:
-        made: nn.Module = auto.from_config(_configured(config, shape), **options)
+        settings = _configured(config, shape)
+        try:
+            made: nn.Module = auto.from_config(settings, **options)
+        except ValueError as error:
+            problem = f"is a {settings.model_type}, of which the library makes no {kind.removeprefix('AutoModel')}"
+            raise ConfigError("model.network.config", problem.strip(), "name another model_type") from error
         return made
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # of what does not fit, this module tells itself

@@ -8,14 +8,14 @@ from evaluators.measurement import Measurement
 from search.study import Progress
 from search.training import TrainingProgress
 from search.trial import TrialRecord
-from search.view import quality_text
+from search.view import View, optional, quality_text
 
 
 class ProgressView:
     """A `Watcher`; use it as a context so that the live line is taken down at the end."""
 
-    def __init__(self, console: Console, quality: str) -> None:
-        self._console, self._quality = console, quality
+    def __init__(self, console: Console, shown: View) -> None:
+        self._console, self._shown = console, shown
         self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
         self._printed = self._tenths = 0
 
@@ -37,7 +37,7 @@ class ProgressView:
         elif len(progress.records) > self._printed:
             self._printed = len(progress.records)
             self._console.print(
-                self._line(progress) + " | " + _outcome(progress.records[-1], self._quality), highlight=False
+                self._line(progress) + " | " + _outcome(progress.records[-1], self._shown), highlight=False
             )
 
     def training(self, progress: TrainingProgress) -> None:
@@ -71,10 +71,10 @@ class ProgressView:
         """The best quality on the front, and the fastest of it."""
         if not progress.front:
             return ""
-        best = max((r.value(self._quality) for r in progress.front), key=lambda m: m.value)
-        speeds = [s for r in progress.front if (s := _find(r, "latency_ratio"))]
+        best = max((r.value(self._shown.quality) for r in progress.front), key=lambda m: m.value)
+        speeds = [s for r in progress.front if (s := optional(r, self._shown.speed))]
         fastest = f", fastest {1 / min(s.value for s in speeds):.2f}x" if speeds else ""
-        return f"best {self._quality} {_short(best)}{fastest}"
+        return f"best {self._shown.quality} {_short(best)}{fastest}"
 
     def _left_s(self, progress: Progress) -> float:
         """The nearer of the two budgets, at the pace so far."""
@@ -86,22 +86,18 @@ class ProgressView:
         return max(0.0, min(left)) if left else float("nan")
 
 
-def _outcome(record: TrialRecord, quality: str) -> str:
+def _outcome(record: TrialRecord, view: View) -> str:
     if record.infeasible is not None:
         return f"trial {record.number}: infeasible, {record.infeasible}"
     if record.stopped is not None:
         return f"trial {record.number}: stopped at {record.stopped.rung}, {record.stopped.reason}"
-    ratio = _find(record, "latency_ratio")
+    ratio = optional(record, view.speed)
     speed = f", {1 / ratio.value:.2f}x" if ratio else ""
-    return f"trial {record.number}: {quality} {_short(record.value(quality))}{speed}"
+    return f"trial {record.number}: {view.quality} {_short(record.value(view.quality))}{speed}"
 
 
 def _short(quality: Measurement) -> str:
     return quality_text(quality).partition(" [")[0]
-
-
-def _find(record: TrialRecord, metric: str) -> Measurement | None:
-    return next((m for m in record.measurements if m.name == metric), None)
 
 
 def _clock(seconds: float) -> str:

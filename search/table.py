@@ -24,7 +24,8 @@ def front_table(
     """Champion, baselines and what of the front can be told apart, fastest first."""
     table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left", caption_justify="left")
     counts = ["parameters"] if optional(choice.record, view.parameters) else []
-    for heading in ("trial", "what was done", view.quality, "latency ratio", "speed-up", "ms", "size", *counts):
+    ratio = view.speed.replace("_", " ")
+    for heading in ("trial", "what was done", view.quality, ratio, "speed-up", "ms", "size", *counts):
         table.add_column(
             heading, justify="left" if heading == "what was done" else "right", no_wrap=heading != "what was done"
         )

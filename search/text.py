@@ -1,4 +1,4 @@
-"""Sentences of a text file as four splits of token numbers in memory; knows no model."""
+"""A text file, sentence by sentence or in one piece, as four splits of token numbers in memory; knows no model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import search.torchvision_compat  # noqa: F401  transformers imports torchvision
-from compressors.errors import ConfigError
+from compressors.errors import ConfigError, at_least
 from search.data import Rows, stratified
 from search.workload import Split, Splits
 
@@ -44,14 +44,53 @@ def sentences(
     return Splits(for_train, for_calibration, for_validation, for_test, classes=classes)
 
 
-def _read(path: Path) -> tuple[list[str], list[str]]:
-    """The sentences, and as many labels or none; empty lines are passed over."""
+def text(
+    file: str,
+    tokenizer: str,
+    tokens: int = 64,
+    train: int | None = None,
+    calibration: int = 64,
+    validation: int = 200,
+    test: int = 200,
+) -> Splits:
+    """A text cut into windows, one behind the other: words `(n, tokens)`, which are the targets too.
+
+    Splits are stretches of the text, with the test split at its end, so that none has seen the other's sentences.
+    `tokenizer` is a folder or a name on the hub. `train` None takes all windows before the other splits.
+    """
+    path = Path(file).expanduser()
+    words = _tokenizer(tokenizer, tokens, fills=False)(
+        _content(path), add_special_tokens=False, verbose=False
+    ).input_ids
+    if tokens < 2:
+        raise ConfigError(
+            "data.tokens", f"is {tokens}", "give at least 2, as each word is foreseen from those before it"
+        )
+    windows = torch.tensor(words[: len(words) // tokens * tokens]).reshape(-1, tokens)
+    others = (calibration, validation, test)
+    left = len(windows) - sum(others) if train is None else train
+    at_least(1, **{f"data.{name}": n for name, n in zip(("calibration", "validation", "test"), others, strict=True)})
+    if left < 1 or left + sum(others) > len(windows):
+        problem = f"{path} has {len(windows)} windows of {tokens} words, of which {sum(others)} are for other splits"
+        raise ConfigError("data.train", problem, "give a longer text, or make windows or splits smaller")
+    # The test split is the same whatever the others are.
+    parts = torch.split(windows[len(windows) - left - sum(others) :], [left, *others])
+    for_train, for_calibration, for_validation, for_test = (Split((part,), part) for part in parts)
+    return Splits(for_train, for_calibration, for_validation, for_test)
+
+
+def _content(path: Path) -> str:
     try:
-        # Not `splitlines`, which takes some characters inside of sentences for ends as well.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{path} cannot be read ({error.strerror if isinstance(error, OSError) else 'it is no UTF-8'})"
-        raise ConfigError("data.file", problem, "give a text file with one sentence a line") from error
+        raise ConfigError("data.file", problem, "give a text file in UTF-8") from error
+
+
+def _read(path: Path) -> tuple[list[str], list[str]]:
+    """The sentences, and as many labels or none; empty lines are passed over."""
+    # Not `splitlines`, which takes some characters inside of sentences for ends as well.
+    lines = _content(path).split("\n")
     pairs = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise ConfigError("data.file", f"{path} holds no sentence", "give a text file with one sentence a line")
@@ -65,7 +104,8 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
     return [parts[0] for _, parts in pairs], [parts[1].strip() for _, parts in pairs if columns == 2]
 
 
-def _tokenizer(source: str, tokens: int) -> Any:
+def _tokenizer(source: str, tokens: int, fills: bool = True) -> Any:
+    """`fills` where shorter texts are to be filled up."""
     from transformers import AutoTokenizer
 
     try:
@@ -73,7 +113,7 @@ def _tokenizer(source: str, tokens: int) -> Any:
     except (OSError, ValueError, KeyError) as error:
         problem = f"{source} holds none that can be read ({' '.join(str(error).split()).partition('. ')[0][:160]})"
         raise ConfigError("data.tokenizer", problem, "give a folder with tokenizer.json and its config") from error
-    if tokenizer.pad_token_id is None:
+    if fills and tokenizer.pad_token_id is None:
         problem = f"{source} has no token to fill sentences up with"
         raise ConfigError("data.tokenizer", problem, "set pad_token in its tokenizer_config.json")
     if not 1 <= tokens <= tokenizer.model_max_length:

@@ -15,9 +15,13 @@ class View:
 
     quality: str = "accuracy"
     speed: str = "latency_ratio"
-    time: str = "latency_ms"
     size: str = "size_bytes"
     parameters: str = "parameters"
+
+    @property
+    def time(self) -> str:
+        """The same reading as `speed`, in milliseconds."""
+        return self.speed.replace("_ratio", "_ms")
 
 
 def describe(record: TrialRecord) -> str:

@@ -117,7 +117,7 @@ def main(path: str) -> int:
     keep_freed_memory()
     config = build.from_yaml(Path(path).read_text())
     try:
-        with ProgressView(Console(width=130), str(config.quality)) as view:
+        with ProgressView(Console(width=130), build.view(config)) as view:
             run(build.build(config, view.training), view)
     except ConfigError as error:
         print(f"compareto: {error}")

@@ -27,10 +27,17 @@ LAUNCHERS = {
 }
 NODES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LISTS = ("compressor", "runtime", "evaluator")
-PRETRAINED = ("clip", "image_classifier", "sentence_encoder", "text_classifier")  # tests/test_pretrained.py makes them
+PRETRAINED = (
+    "causal_lm",
+    "clip",
+    "image_classifier",
+    "sentence_encoder",
+    "text_classifier",
+)  # tests/test_pretrained.py makes them
 MANDATORY = {
     "image_folder": ["data.folder=x"],
     "sentences": ["data.file=x", "data.tokenizer=x"],
+    "text": ["data.file=x", "data.tokenizer=x"],
     "postgresql": ["storage.url=x"],
     **{name: ["model.network.source=x"] for name in PRETRAINED},
 }

@@ -22,11 +22,17 @@ def test_logits_are_compared_by_their_divergence() -> None:
     np.testing.assert_allclose(divergences(LOGITS, other), expected, rtol=1e-4)
 
 
+def test_words_of_a_text_add_up() -> None:
+    other = RNG.normal(size=(40, 5)).astype(np.float32)
+    words = divergences(LOGITS.reshape(8, 5, 5), other.reshape(8, 5, 5))
+    np.testing.assert_allclose(words, divergences(LOGITS, other).reshape(8, 5).sum(1))
+
+
 def test_a_constant_added_to_all_logits_changes_nothing() -> None:
     assert divergences(LOGITS, LOGITS + 100) == pytest.approx(np.zeros(40), abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 2, 3), (4, 2, 3, 3)])
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 1), (4, 2, 3, 3)])
 def test_anything_else_is_compared_by_half_the_squared_error(shape: tuple[int, ...]) -> None:
     a = np.zeros(shape, np.float32)
     per_example = math.prod(shape[1:])

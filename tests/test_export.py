@@ -222,7 +222,7 @@ def accept(kind: str, bits: int) -> Support:
         (LayerNumbers(4), "4 bits with no integer values"),
         (LayerNumbers(4, torch.ones(5, 32, dtype=torch.int8)), "integer values with scales"),
         (LayerNumbers(6, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 1)), "at 4 and at 8 bits"),
-        (LayerNumbers(8, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 2), 16), "8 bits with 2 scales a row"),
+        (LayerNumbers(8, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 2)), "8 bits with 2 scales a row"),
     ],
 )
 def test_numbers_that_cannot_be_placed_are_refused_with_the_layer(
@@ -239,8 +239,8 @@ def test_integer_values_need_the_weight_they_stand_for(tmp_path: Path) -> None:
     numbers = LayerNumbers(4, torch.ones(5, 32, dtype=torch.int8), torch.ones(5, 1), 32)
     graph = onnx.load(export(artifact(model), (images(),), tmp_path))
     asked = wanted(artifact(model, {"head": numbers}), graph, "any", accept)
-    assert asked.int4.keys() == {"/head/Gemm"}
-    assert asked.int4["/head/Gemm"] is numbers
+    assert asked.grouped.keys() == {"/head/Gemm"}
+    assert asked.grouped["/head/Gemm"] is numbers
     with torch.no_grad():
         model.get_parameter("head.weight").add_(1)
     with pytest.raises(Infeasible, match="the exporter changed its weight"):
@@ -295,7 +295,7 @@ def test_a_layer_that_is_only_stored_has_no_recipe(tmp_path: Path) -> None:
 
 
 def test_calibration_stops_at_the_limit() -> None:
-    fed = calibration_arrays(lambda: (((images(8, seed),), None) for seed in range(9)), 20)
+    fed = calibration_arrays(build("plain"), lambda: (((images(8, seed),), None) for seed in range(9)), 20)
     sizes = [len(batch["input_0"]) for batch in fed]
     assert sizes == [8, 8, 4]
     first: Array = fed[0]["input_0"]

@@ -88,7 +88,7 @@ def test_slopes_are_the_gradient_of_the_loss_and_need_labels() -> None:
     assert torch.equal(untold.squares["weight"], fisher.squares["weight"])
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5)])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 2, 2)])
 def test_outputs_that_are_no_logits_are_means_of_normal_distributions(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, math.prod(shape[1:])), nn.Unflatten(1, shape[1:]))

@@ -153,7 +153,8 @@ def test_every_method_gets_through_each_tower_and_deploys(tmp_path: Path, runtim
     )
     rounded = [f"{vision}.0.mlp.fc2", f"{text}.0.self_attn.v_proj", f"{text}.1.mlp.fc2"]
     inputs = data.validation.inputs
-    for steps in ((), structure, (*structure, Step("quantize", {name: {"bits": 8} for name in rounded}))):
+    without_text = (Step("depth", {f"{text}.{i}": {"skip": True} for i in range(2)}),)
+    for steps in ((), without_text, structure, (*structure, Step("quantize", {name: {"bits": 8} for name in rounded}))):
         made = compress(model, CompressionPlan(Target(runtime, "fp32"), steps), METHODS, context)
         deployed = runtime_of(runtime).deploy(made, context, tmp_path / str(len(steps)), tmp_path / "cache")
         got = torch.from_numpy(deployed.run(*(x.numpy() for x in inputs)))

@@ -43,13 +43,13 @@ def test_the_timing_process_starts_again_after_it_was_killed(tmp_path: Path) -> 
     file = deployed(FakeRuntime(seconds=0.0005), tmp_path)
     watch = Stopwatch(core=-1)
     try:
-        assert len(watch.read(file, file, [X[:1]], TIMING).ratios) == 2
+        assert len(watch.read(file, file, ([X[:1]], [X[:1]]), TIMING).ratios) == 2
         assert watch._process is not None
         os.kill(watch._process.pid, signal.SIGKILL)
         watch._process.wait()
         with pytest.raises(Infeasible, match="died with exit code -9"):
-            watch.read(file, file, [X[:1]], TIMING)
-        assert len(watch.read(file, file, [X[:1]], TIMING).ratios) == 2
+            watch.read(file, file, ([X[:1]], [X[:1]]), TIMING)
+        assert len(watch.read(file, file, ([X[:1]], [X[:1]]), TIMING).ratios) == 2
     finally:
         watch.close()
 
@@ -60,8 +60,8 @@ def test_a_file_that_cannot_be_loaded_is_infeasible_and_the_process_lives(tmp_pa
     watch = Stopwatch(core=-1)
     try:
         with pytest.raises(Infeasible, match="JSONDecodeError"):
-            watch.read(bad, good, [X[:1]], TIMING)
-        assert watch.read(good, good, [X[:1]], TIMING).candidate_ms > 0
+            watch.read(bad, good, ([X[:1]], [X[:1]]), TIMING)
+        assert watch.read(good, good, ([X[:1]], [X[:1]]), TIMING).candidate_ms > 0
     finally:
         watch.close()
 

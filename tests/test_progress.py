@@ -13,6 +13,7 @@ from search.progress import ProgressView
 from search.study import Budget, Progress
 from search.training import TrainingProgress
 from search.trial import Stop, TrialRecord
+from search.view import View
 from tests.studies import ACCURACY, RATIO
 
 
@@ -35,7 +36,7 @@ def progress(*records: TrialRecord, **changes: Any) -> Progress:
 
 def shown(*seen: Progress, terminal: bool = False, quality: str = "accuracy") -> list[str]:
     console = Console(width=200, file=io.StringIO(), force_terminal=terminal, color_system=None)
-    with ProgressView(console, quality) as view:
+    with ProgressView(console, View(quality)) as view:
         for one in seen:
             view(one)
     assert isinstance(console.file, io.StringIO)
@@ -91,7 +92,7 @@ def test_a_quality_that_is_no_share_is_shown_as_it_is() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_training_is_a_bar_on_a_screen_and_ten_lines_in_a_log(terminal: bool) -> None:
     console = Console(width=120, file=io.StringIO(), force_terminal=terminal, color_system=None)
-    with ProgressView(console, "accuracy") as view:
+    with ProgressView(console, View("accuracy")) as view:
         for step in range(1, 201):
             view.training(TrainingProgress(step, 200, step // 20, 10, 0.5, 0.75 if step >= 20 else None))
     assert isinstance(console.file, io.StringIO)
@@ -105,7 +106,7 @@ def test_training_is_a_bar_on_a_screen_and_ten_lines_in_a_log(terminal: bool) ->
 def test_a_phase_is_shown_on_a_screen_only() -> None:
     for terminal in (False, True):
         console = Console(width=80, file=io.StringIO(), force_terminal=terminal, color_system=None)
-        with ProgressView(console, "accuracy") as view:
+        with ProgressView(console, View("accuracy")) as view:
             view.phase("deploy")
         assert isinstance(console.file, io.StringIO)
         assert ("deploy" in console.file.getvalue()) is terminal

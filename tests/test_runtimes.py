@@ -374,7 +374,7 @@ def test_an_edited_onnx_graph_is_what_its_quantizer_makes_without_these_nodes(ne
         nodes = frozenset(node for name in kept for node in found[name])
         anew = Deployed(edited.runtime, tmp_path / "anew", "fp32", edited.inputs)
         anew.folder.mkdir(exist_ok=True)
-        batches = calibration_arrays(calibration, 256)
+        batches = calibration_arrays(bench.model, calibration, 256)
         quantize(base, anew.folder / "model.onnx", float_nodes(graph, nodes), batches, Recipe())
         # Not less: calibrated anew, the logits and what float nodes read of a float node are rounded too.
         assert error(output(edited), output(anew)) < 0.03

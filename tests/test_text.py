@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressors.errors import ConfigError
-from search.text import sentences
+from search.text import sentences, text
 from search.workload import Splits, checked
 from tests.words import CONTEXT, save_tokenizer, sentence
 
@@ -98,3 +98,35 @@ def test_more_tokens_than_the_tokenizer_is_made_for_are_refused(folder: Path) ->
 def test_splits_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"splits of 30, 10, 8, -8 are wanted from 40 examples"):
         sentences(str(folder / "plain.txt"), str(folder), 12, calibration=8, validation=10, test=30)
+
+
+def prose(folder: Path, words: int = 103, **options: int) -> Splits:
+    """Every word is another than the one before it, so that rows tell where they are from."""
+    (folder / "prose.txt").write_text(" ".join(f"word{i % 40}" for i in range(words)))
+    return text(
+        str(folder / "prose.txt"), str(folder), **{"tokens": 5, "calibration": 2, "validation": 3, "test": 4} | options
+    )
+
+
+def test_a_text_is_cut_into_windows_whose_last_stretch_is_for_the_test(folder: Path) -> None:
+    splits = checked(prose(folder), "data")
+    rows = [part.inputs[0] for part in splits.named().values()]
+    assert [len(part) for part in rows] == [11, 2, 3, 4]
+    first = rows[0][0, 0]
+    assert torch.cat(rows).flatten().tolist() == [int(first) + i % 40 for i in range(100)]
+    assert all(part.targets is part.inputs[0] for part in splits.named().values())
+    assert torch.equal(prose(folder, train=3).train.inputs[0], rows[0][-3:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"words": 40}, r"^data\.train: .*prose\.txt has 8 windows of 5 words, of which 9 are for other splits; "),
+        ({"train": 12}, r"^data\.train: .* has 20 windows"),
+        ({"test": 0}, r"^data\.test: is 0; give 1 or more"),
+        ({"tokens": 1}, r"^data\.tokens: is 1; give at least 2"),
+    ],
+)
+def test_a_text_that_is_too_short_is_refused(folder: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prose(folder, **options)
