@@ -91,7 +91,7 @@ OPTIONS = {
     "an unknown group": ("compresor.quantize=1", "did you mean compressor.quantize?"),
     "an unknown option of a group": (
         "model=resnet21",
-        "use clip, efficientnet_lite0, image_classifier, resnet18, resnet20, sentence_encoder, text_classifier, torch",
+        "use causal_lm, clip, efficientnet_lite0, image_classifier, resnet18, resnet20, sentence_encoder, text_cl",
     ),
     "an unknown member of a list": (
         "compressor=[quantise]",
