@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from optuna.trial import FixedTrial
@@ -104,7 +105,8 @@ def read(options: Sequence[str]) -> list[Version]:
 def _eager(search: Search) -> Eager:
     workload = search.workbench.workload
     shape = {"classes": len(workload.splits.classes), "channels": workload.example[0].shape[1]}
-    return Eager({**OmegaConf.create(search.config).model.network, **shape})
+    network = OmegaConf.to_container(build.from_yaml(search.config).model.network, resolve=True)
+    return Eager({**cast(dict[str, Any], network), **shape})
 
 
 def _wanted(
