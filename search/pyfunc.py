@@ -49,11 +49,13 @@ def save_pyfunc(
 ) -> None:
     """Write an MLflow model of deployed files that needs neither pickle nor this repository's code to load.
 
-    One input is given to `predict` as an array, several as a dict of arrays.
+    One input is given to `predict` as an array, several as a dict of arrays. A past is none of them: who goes on behind
+    one loads the files with the runtime itself.
     """
+    needed = [spec for spec in inputs if 0 not in spec.shape]
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "deployed.py")
-        script.write_text(_script(runtime, precision, [spec.name for spec in inputs]))
+        script.write_text(_script(runtime, precision, [spec.name for spec in needed]))
         with warnings.catch_warnings():
             # An example would be stored with every version, and add nothing to the signature given here.
             warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
@@ -61,7 +63,7 @@ def save_pyfunc(
                 path,
                 python_model=str(script),
                 artifacts={"model": str(files)},
-                signature=ModelSignature(inputs=_schema(inputs)),
+                signature=ModelSignature(inputs=_schema(needed, any_length=len(needed) < len(inputs))),
                 pip_requirements=[f"mlflow=={mlflow.__version__}", *runtime.requirements()],
                 mlflow_model=model,
             )
@@ -72,8 +74,15 @@ def _script(runtime: Runtime, precision: str, inputs: list[str]) -> str:
     return SCRIPT.format(loader=inspect.getsource(loader), name=loader.__name__, precision=precision, inputs=inputs)
 
 
-def _schema(inputs: Sequence[TensorSpec]) -> Any:
-    """Batch size -1; a single input stays unnamed, or MLflow would refuse a plain array."""
+def _schema(inputs: Sequence[TensorSpec], any_length: bool) -> Any:
+    """Sizes that may vary are -1; a single input stays unnamed, or MLflow would refuse a plain array."""
     return Schema(
-        [SignatureSpec(np.dtype(s.dtype), (-1, *s.shape[1:]), s.name if len(inputs) > 1 else None) for s in inputs]
+        [
+            SignatureSpec(
+                np.dtype(s.dtype),
+                (-1, -1) if any_length else (-1, *s.shape[1:]),
+                s.name if len(inputs) > 1 else None,
+            )
+            for s in inputs
+        ]
     )

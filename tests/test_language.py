@@ -26,6 +26,7 @@ from evaluators.perplexity import Perplexity, surprise
 from evaluators.runtime import Deployed
 from search.language import CausalLM, language, next_word_loss
 from search.pretrained import causal_lm
+from search.pyfunc import save_pyfunc
 from search.training import FineTuning, trained
 from search.workload import Splits
 from tests.fakes import FakeRuntime, deployed
@@ -262,3 +263,16 @@ def test_decode_needs_a_past(tmp_path: Path) -> None:
         Decode(context=0)
     with pytest.raises(ConfigError, match=r"^evaluator\.decode\.batch: is 0"):
         Decode(batch=0)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_registered_model_takes_words_of_any_number_and_needs_no_past(tmp_path: Path, runtime: str) -> None:
+    import mlflow.pyfunc
+
+    model, data = small_lm(), splits()
+    context, words = context_of(model, data), data.validation.inputs[0]
+    made = compress(model, CompressionPlan(Target(runtime, "fp32"), ()), METHODS, context)
+    file = runtime_of(runtime).deploy(made, context, tmp_path / "file", tmp_path / "cache")
+    save_pyfunc(tmp_path / "registered", file.folder, file.runtime, "fp32", file.inputs)
+    answer = mlflow.pyfunc.load_model(str(tmp_path / "registered")).predict(words[:3, :7].numpy())
+    np.testing.assert_allclose(answer, model(words[:3, :7]).numpy(), atol=1e-4)
