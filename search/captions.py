@@ -1,14 +1,20 @@
 """Pictures with captions as four splits in memory; knows no model."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressors.errors import ConfigError
-from search.data import fashion_mnist
+from search.data import IMAGENET_MEAN, IMAGENET_STD, Rows, fashion_mnist, picture_reader, stratified, varied
+from search.text import encoded, load_tokenizer
 from search.workload import Split, Splits
+
+TABLE = "captions.tsv"
 
 TEMPLATES = (
     "{}",
@@ -54,6 +60,59 @@ def fashion_captions(tokens: int = 12, seed: int = 0, **fashion: Any) -> Splits:
     train, calibration, validation, test = map(captioned, pictures.named().values())
     # Without classes, because outputs are not numbered by them.
     return Splits(train, calibration, validation, test, augment=pictures.augment)
+
+
+def captions(
+    folder: str,
+    tokenizer: str,
+    tokens: int = 32,
+    truncate: bool = False,
+    size: int = 160,
+    resize: int = 184,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    train: int | None = None,
+    calibration: int = 32,
+    validation: int = 80,
+    test: int = 100,
+    seed: int = 0,
+) -> Splits:
+    """A user's pictures `(n, 3, size, size)` with what is said of them, words and mask `(n, tokens)`.
+
+    `captions.tsv` in the folder has a line for each: the picture's file, a tab, its caption, and whatever else behind
+    another tab. Equal captions are one target. `tokenizer` is a folder or a name on the hub; longer captions are
+    refused unless `truncate` cuts them. `train` None takes all that the other splits leave.
+    """
+    files, texts = _table(Path(folder).expanduser())
+    words, mask = encoded(load_tokenizer(tokenizer, tokens), texts, tokens, truncate)
+    left = len(files) - calibration - validation - test if train is None else train
+    parts = stratified(np.zeros(len(files), dtype=np.int64), (test, validation, calibration, left), seed)
+    different = {text: number for number, text in enumerate(sorted(set(texts)))}
+    targets = torch.tensor([different[text] for text in texts])
+    read = picture_reader(size, resize, mean, std)
+
+    def split(rows: Rows) -> Split:
+        return Split((torch.stack([read(files[row]) for row in rows]), words[rows], mask[rows]), targets[rows])
+
+    for_test, for_validation, for_calibration, for_train = map(split, parts)
+    moved = partial(varied, shift=size // 16, flip=True)
+    return Splits(for_train, for_calibration, for_validation, for_test, augment=moved)
+
+
+def _table(folder: Path) -> tuple[list[Path], list[str]]:
+    remedy = "give every line a picture's file in this folder, a tab and a caption"
+    try:
+        lines = (folder / TABLE).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise ConfigError("data.folder", f"{folder / TABLE} cannot be read ({reason})", remedy) from error
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, columns in rows:
+        if len(columns) < 2 or not all(part.strip() for part in columns[:2]):
+            raise ConfigError("data.folder", f"line {number} of {folder / TABLE} has no caption", remedy)
+        if not (folder / columns[0]).is_file():
+            raise ConfigError("data.folder", f"line {number} of {folder / TABLE} names no file there", remedy)
+    return [folder / columns[0] for _, columns in rows], [columns[1].strip() for _, columns in rows]
 
 
 def _encoded(captions: Sequence[Sequence[str]], tokens: int) -> Tensor:

@@ -100,11 +100,8 @@ def image_folder(
     if need > memory_gb:
         problem = f"the images at {size}x{size} need {need:.1f} GB, more than {memory_gb:g}"
         raise ConfigError("data.memory_gb", problem, "raise it, or lower data.size or data.per_class")
-    steps = torchvision().transforms
-    transform = steps.Compose(
-        [steps.Resize(resize), steps.CenterCrop(size), steps.ToTensor(), steps.Normalize(list(mean), list(std))]
-    )
-    train, calibrating, validation, test = (_read(parts[name], transform) for name in SPLITS)
+    read = picture_reader(size, resize, mean, std)
+    train, calibrating, validation, test = (_read(parts[name], read) for name in SPLITS)
     return Splits(
         train,
         calibrating,
@@ -113,6 +110,25 @@ def image_folder(
         classes=parts["train"].classes,
         augment=partial(varied, shift=size // 16, flip=True),
     )
+
+
+def picture_reader(size: int, resize: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Path], Tensor]:
+    """Makes `(3, size, size)` of a file: the shorter side becomes `resize`, then the middle is cut out."""
+    steps = torchvision().transforms
+    transform = steps.Compose(
+        [steps.Resize(resize), steps.CenterCrop(size), steps.ToTensor(), steps.Normalize(list(mean), list(std))]
+    )
+
+    def read(path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                made: Tensor = transform(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            problem = f"cannot be read as an image ({error})"
+            raise ConfigError(str(path), problem, "repair or remove the file") from error
+        return made
+
+    return read
 
 
 def varied(images: Tensor, shift: int, flip: bool) -> Tensor:
@@ -264,14 +280,6 @@ def _pictures_in(folder: Path, limit: int | None, seed: int) -> list[Path]:
     return [found[i] for i in sorted(np.random.default_rng(seed).permutation(len(found))[:limit])]
 
 
-def _read(pictures: _Pictures, transform: Callable[[Image.Image], Tensor]) -> Split:
-    inputs = torch.stack([_read_one(path, transform) for path in pictures.paths])
+def _read(pictures: _Pictures, read: Callable[[Path], Tensor]) -> Split:
+    inputs = torch.stack([read(path) for path in pictures.paths])
     return Split((inputs,), torch.from_numpy(pictures.targets) if pictures.classes else None)
-
-
-def _read_one(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return transform(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(str(path), f"cannot be read as an image ({error})", "repair or remove the file") from error

@@ -40,6 +40,18 @@ class PooledTower(nn.Module):
         return self.projection(pooled.pooler_output)  # type: ignore[no-any-return]
 
 
+class ProjectedText(nn.Module):
+    """A sentence encoder and a linear layer into the common space."""
+
+    def __init__(self, encoder: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Twice `(n, tokens)` to `(n, width)`."""
+        return self.projection(self.encoder(words, mask))  # type: ignore[no-any-return]
+
+
 def image_text() -> Task:
     """Outputs are pairs as `TwoTowers` gives them; equal targets mean the same, so that each caption fits each picture.
 

@@ -10,8 +10,10 @@ from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 import search.torchvision_compat  # noqa: F401  transformers imports torchvision
 from compressors.errors import ConfigError
-from search.image_text import PooledTower, TwoTowers
+from search.efficientnet import FEATURES, IMAGENET, EfficientNetLite0
+from search.image_text import PooledTower, ProjectedText, TwoTowers
 from search.language import CausalLM
+from search.models import load_checkpoint
 
 Settings = Mapping[str, Any]
 HEADS = ("new", "kept")
@@ -98,6 +100,21 @@ def clip(source: str | None = None, config: Settings | None = None, **_data: int
     return TwoTowers(
         PooledTower(body.vision_model, body.visual_projection), PooledTower(body.text_model, body.text_projection)
     )
+
+
+def two_towers(
+    vision: str | None, text: str | None, channels: int, width: int = 128, config: Settings | None = None, **_data: int
+) -> nn.Module:
+    """EfficientNet-Lite0 and a sentence encoder, each with a linear layer into a common space that begins at random.
+
+    `vision` is a file of Lite0's weights for ImageNet, None for random ones; `text` is what `sentence_encoder` takes.
+    """
+    pictures, captions = EfficientNetLite0(IMAGENET, channels), sentence_encoder(text, config)
+    if vision is not None:
+        load_checkpoint(pictures, Path(vision).expanduser())
+    pictures.head = nn.Linear(FEATURES, width)
+    body: Any = captions.get_submodule("body")
+    return TwoTowers(pictures, ProjectedText(captions, nn.Linear(body.config.hidden_size, width)))
 
 
 def causal_lm(

@@ -31,7 +31,7 @@ def sentences(
     leaves out; longer ones are refused unless `truncate` cuts them. `train` None takes all that the other splits leave.
     """
     texts, labels = _read(Path(file).expanduser())
-    words, mask = _encoded(_tokenizer(tokenizer, tokens), texts, tokens, truncate)
+    words, mask = encoded(load_tokenizer(tokenizer, tokens), texts, tokens, truncate)
     classes = tuple(sorted(set(labels)))
     targets = np.array([classes.index(label) for label in labels] if classes else [0] * len(texts))
     left = len(texts) - calibration - validation - test if train is None else train
@@ -59,7 +59,7 @@ def text(
     `tokenizer` is a folder or a name on the hub. `train` None takes all windows before the other splits.
     """
     path = Path(file).expanduser()
-    words = _tokenizer(tokenizer, tokens, fills=False)(
+    words = load_tokenizer(tokenizer, tokens, fills=False)(
         _content(path), add_special_tokens=False, verbose=False
     ).input_ids
     if tokens < 2:
@@ -104,8 +104,8 @@ def _read(path: Path) -> tuple[list[str], list[str]]:
     return [parts[0] for _, parts in pairs], [parts[1].strip() for _, parts in pairs if columns == 2]
 
 
-def _tokenizer(source: str, tokens: int, fills: bool = True) -> Any:
-    """`fills` where shorter texts are to be filled up."""
+def load_tokenizer(source: str, tokens: int, fills: bool = True) -> Any:
+    """Of a folder or a name on the hub, for texts of so many words; `fills` where shorter ones are to be filled up."""
     from transformers import AutoTokenizer
 
     try:
@@ -122,7 +122,8 @@ def _tokenizer(source: str, tokens: int, fills: bool = True) -> Any:
     return tokenizer
 
 
-def _encoded(tokenizer: Any, texts: Sequence[str], tokens: int, truncate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def encoded(tokenizer: Any, texts: Sequence[str], tokens: int, truncate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers and mask `(n, tokens)`; longer texts are refused unless `truncate` cuts them."""
     if not truncate:
         lengths = [len(words) for words in tokenizer(list(texts), verbose=False).input_ids]
         longest = max(lengths)

@@ -1,9 +1,10 @@
 """Trains the baseline when there is no checkpoint, and keeps it; takes any model, any splits and any loss."""
 
+import fnmatch
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,10 @@ class Recipe:
                 raise ConfigError(f"model.training.{name}", f"is {getattr(self, name)}", "must be above zero")
         check_precision("model.training.precision", self.precision)
 
+    def learning(self, model: nn.Module) -> list[nn.Parameter]:
+        """What is trained: everything."""
+        return list(model.parameters())
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """At the peak of the schedule."""
         return torch.optim.SGD(
@@ -62,6 +67,24 @@ class FineTuning(Recipe):
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """At the peak of the schedule."""
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Probing(FineTuning):
+    """Only the parameters whose names match `learn` are trained; all else stays as it came, norms' statistics too."""
+
+    epochs: int = 20
+    learning_rate: float = 3e-3
+    learn: Sequence[str] = ("head.*",)
+
+    def learning(self, model: nn.Module) -> list[nn.Parameter]:
+        """Raises `ConfigError` for a pattern that matches nothing."""
+        named = dict(model.named_parameters())
+        for pattern in self.learn:
+            if not fnmatch.filter(named, pattern):
+                problem, near = f"{pattern!r} matches no parameter", ", ".join(list(named)[-2:])
+                raise ConfigError("model.training.learn", problem, f"the last ones are {near}")
+        return [p for name, p in named.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.learn)]
 
 
 @dataclass(frozen=True)
@@ -151,13 +174,18 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
     batch = min(recipe.batch, len(splits.train))
     per_epoch = len(splits.train) // batch
     at = TrainingProgress(0, recipe.epochs * per_epoch, 0, recipe.epochs, math.nan, None)
-    optimizer, schedule = _scheduled(model, recipe, at.steps)
+    learning = recipe.learning(model)
+    whole = len(learning) == len(list(model.parameters()))
+    model.requires_grad_(whole)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    optimizer, schedule = _scheduled(learning, recipe, at.steps)
     half = in_bf16(recipe.precision, model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         for epoch in range(1, recipe.epochs + 1):
-            model.train()
+            model.train(whole)
             for data in splits.train.batches(batch, shuffle=True):
                 value = _step(model, data, loss, optimizer, splits.varied, half)
                 schedule.step()
@@ -165,11 +193,13 @@ def _train(model: nn.Module, splits: Splits, loss: Loss, recipe: Recipe, watch: 
                 watch(at)
             at = replace(at, epoch=epoch, accuracy=_accuracy(model.eval(), splits.calibration))
             watch(at)
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.requires_grad_(True).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _scheduled(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, OneCycleLR]:
-    optimizer = recipe.optimizer(model.parameters())
+def _scheduled(
+    learning: Sequence[nn.Parameter], recipe: Recipe, steps: int
+) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+    optimizer = recipe.optimizer(learning)
     # One step more than is made: with a single one the schedule would divide by zero.
     return optimizer, OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.25)
 

@@ -27,19 +27,16 @@ LAUNCHERS = {
 }
 NODES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LISTS = ("compressor", "runtime", "evaluator")
-PRETRAINED = (
-    "causal_lm",
-    "clip",
-    "image_classifier",
-    "sentence_encoder",
-    "text_classifier",
-)  # tests/test_pretrained.py makes them
+# tests of their own make them
+PRETRAINED = ("causal_lm", "clip", "image_classifier", "sentence_encoder", "text_classifier", "two_towers")
 MANDATORY = {
     "image_folder": ["data.folder=x"],
     "sentences": ["data.file=x", "data.tokenizer=x"],
     "text": ["data.file=x", "data.tokenizer=x"],
+    "captions": ["data.folder=x", "data.tokenizer=x"],
     "postgresql": ["storage.url=x"],
     **{name: ["model.network.source=x"] for name in PRETRAINED},
+    "two_towers": ["model.network.vision=x", "model.network.text=x"],
 }
 
 

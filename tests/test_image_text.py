@@ -21,10 +21,10 @@ from compressors.plan import CompressionPlan, Settings, Step, Target
 from compressors.prune import Prune
 from compressors.quantize import Quantize
 from search.image_text import TEMPERATURE, contrastive_loss, image_text, relation_loss
-from search.pretrained import clip
+from search.pretrained import clip, two_towers
 from search.space import build_space
-from search.training import FineTuning, trained
-from search.workload import Splits
+from search.training import FineTuning, Probing, trained
+from search.workload import Split, Splits
 from tests.pairs import CONFIG, small_clip, splits
 from tests.studies import CountingRuntime
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
@@ -180,3 +180,20 @@ def test_a_method_can_be_kept_to_one_tower() -> None:
     assert asked
     assert all(name.startswith("quantize.bits@text.") for name in asked)
     assert all(layer.startswith("text.") for step in plan.steps for layer in step.per_layer)
+
+
+def test_only_the_projections_of_joined_networks_learn(tmp_path: Path) -> None:
+    model = two_towers(None, None, channels=3, width=8, config=BERT).eval()
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, 20, (32, 6), generator=generator)
+    data = Split((torch.randn(32, 3, 32, 32, generator=generator), words, torch.ones_like(words)), torch.arange(32))
+    assert model(*data.inputs).shape == (32, 2, 8)
+    recipe = Probing(epochs=1, batch=16, learn=["vision.head.*", "text.projection.*"])
+    trained(model, Splits(data, data, data, data), image_text(), recipe, tmp_path)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{part}.{kind}" for part in ("vision.head", "text.projection") for kind in ("weight", "bias")}
+    with pytest.raises(
+        ConfigError, match=r"^model\.training\.learn: 'hat\.\*' matches no parameter; the last ones are "
+    ):
+        Probing(learn=["hat.*"]).learning(model)
