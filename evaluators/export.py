@@ -54,7 +54,7 @@ def export(artifact: Artifact, example: tuple[Tensor, ...], cache: Path) -> Path
     """The artifact's float model as `float.onnx`, made once per prefix; inputs `input_0`.. and first output `output_0`.
 
     A `Continuing` model has inputs `past_0`.. and outputs `present_0`.. beside them, and any number of words.
-    Raises `Infeasible` naming the operator that ONNX does not have.
+    Raises `Infeasible` naming the operator that ONNX does not have, and for a `Continuing` model without a past.
     """
     return once(cache / artifact.prefix / "float.onnx", lambda path: _export(artifact.model, example, path))
 
@@ -125,6 +125,8 @@ class _Signature:
             return cls(example, inputs, outputs, {name: {0: "batch"} for name in (*inputs, *outputs)})
         # Of some words, because nothing may follow from there being none.
         past = tuple(torch.zeros(x.shape[0], x.shape[1], 2, x.shape[3]) for x in model.empty_past(len(example[0])))
+        if not past:
+            raise Infeasible("no attention is left, so that nothing tells a word what was before it")
         before, after = [f"{PAST}{i}" for i in range(len(past))], [f"present_{i}" for i in range(len(past))]
         axes = {name: {0: "batch", 1: "words"} for name in (*inputs, *outputs)}
         axes |= {name: {0: "batch", 2: "past"} for name in before} | {name: {0: "batch", 2: "all"} for name in after}

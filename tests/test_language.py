@@ -188,6 +188,15 @@ def test_every_method_gets_through_and_the_file_goes_on_behind_a_past(
     assert int8_kernels(file) == 1
 
 
+def test_a_model_without_any_attention_is_no_candidate(tmp_path: Path) -> None:
+    model, data = small_lm(), splits()
+    context = context_of(model, data)
+    step = Step("depth", {f"body.transformer.h.{i}": {"skip": True} for i in range(2)})
+    made = compress(model, CompressionPlan(Target("onnxruntime", "fp32"), (step,)), METHODS, context)
+    with pytest.raises(Infeasible, match="no attention is left"):
+        runtime_of("onnxruntime").deploy(made, context, tmp_path / "file", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_weights_alone_take_the_bytes_that_their_bits_say(tmp_path: Path, runtime: str) -> None:
     model, data = small_lm(), splits()
