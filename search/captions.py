@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from compressors.errors import ConfigError
-from search.data import IMAGENET_MEAN, IMAGENET_STD, Rows, fashion_mnist, picture_reader, stratified, varied
+from search.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Rows,
+    check_memory,
+    fashion_mnist,
+    picture_reader,
+    stratified,
+    varied,
+)
 from search.text import encoded, load_tokenizer
 from search.workload import Split, Splits
 
@@ -75,6 +84,7 @@ def captions(
     calibration: int = 32,
     validation: int = 80,
     test: int = 100,
+    memory_gb: float = 4.0,
     seed: int = 0,
 ) -> Splits:
     """A user's pictures `(n, 3, size, size)` with what is said of them, words and mask `(n, tokens)`.
@@ -84,6 +94,7 @@ def captions(
     refused unless `truncate` cuts them. `train` None takes all that the other splits leave.
     """
     files, texts = _table(Path(folder).expanduser())
+    check_memory(len(files), size, memory_gb, "data.size")
     words, mask = encoded(load_tokenizer(tokenizer, tokens), texts, tokens, truncate)
     left = len(files) - calibration - validation - test if train is None else train
     parts = stratified(np.zeros(len(files), dtype=np.int64), (test, validation, calibration, left), seed)
@@ -107,6 +118,8 @@ def _table(folder: Path) -> tuple[list[Path], list[str]]:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise ConfigError("data.folder", f"{folder / TABLE} cannot be read ({reason})", remedy) from error
     rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ConfigError("data.folder", f"{folder / TABLE} names no picture", remedy)
     for number, columns in rows:
         if len(columns) < 2 or not all(part.strip() for part in columns[:2]):
             raise ConfigError("data.folder", f"line {number} of {folder / TABLE} has no caption", remedy)

@@ -96,10 +96,7 @@ def image_folder(
     Pictures that lie in no such folder have no labels, and then none has.
     """
     parts = _picture_parts(Path(folder).expanduser(), per_class, calibration, seed)
-    need = sum(len(part.paths) for part in parts.values()) * 3 * size * size * 4 / 1e9
-    if need > memory_gb:
-        problem = f"the images at {size}x{size} need {need:.1f} GB, more than {memory_gb:g}"
-        raise ConfigError("data.memory_gb", problem, "raise it, or lower data.size or data.per_class")
+    check_memory(sum(len(part.paths) for part in parts.values()), size, memory_gb, "data.size or data.per_class")
     read = picture_reader(size, resize, mean, std)
     train, calibrating, validation, test = (_read(parts[name], read) for name in SPLITS)
     return Splits(
@@ -110,6 +107,14 @@ def image_folder(
         classes=parts["train"].classes,
         augment=partial(varied, shift=size // 16, flip=True),
     )
+
+
+def check_memory(count: int, size: int, limit_gb: float, lower: str) -> None:
+    """Raises `ConfigError` where so many coloured pictures would need more; `lower` are the options that help."""
+    need = count * 3 * size * size * 4 / 1e9
+    if need > limit_gb:
+        problem = f"the images at {size}x{size} need {need:.1f} GB, more than {limit_gb:g}"
+        raise ConfigError("data.memory_gb", problem, f"raise it, or lower {lower}")
 
 
 def picture_reader(size: int, resize: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Path], Tensor]:

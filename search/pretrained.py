@@ -1,6 +1,7 @@
 """Networks of the transformers library, with the weights of a folder or hub, or with random ones; trains nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,24 @@ def two_towers(
 
     `vision` is a file of Lite0's weights for ImageNet, None for random ones; `text` is what `sentence_encoder` takes.
     """
-    pictures, captions = EfficientNetLite0(IMAGENET, channels), sentence_encoder(text, config)
-    if vision is not None:
-        load_checkpoint(pictures, Path(vision).expanduser())
+    pictures = EfficientNetLite0(IMAGENET, channels)
+    with _told_of("model.network.vision"):
+        if vision is not None:
+            load_checkpoint(pictures, Path(vision).expanduser())
+    with _told_of("model.network.text"):
+        captions = sentence_encoder(text, config)
     pictures.head = nn.Linear(FEATURES, width)
     body: Any = captions.get_submodule("body")
     return TwoTowers(pictures, ProjectedText(captions, nn.Linear(body.config.hidden_size, width)))
+
+
+@contextmanager
+def _told_of(option: str) -> Iterator[None]:
+    """What is wrong inside is this option's fault, whatever it is called elsewhere."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(option, error.problem, error.remedy) from error
 
 
 def causal_lm(

@@ -106,6 +106,7 @@ def test_each_picture_keeps_its_own_caption(album: Path) -> None:
     ("table", "message"),
     [
         (None, r"^data\.folder: .*captions\.tsv cannot be read \(No such file"),
+        ("\n", r"^data\.folder: .*captions\.tsv names no picture; give every line"),
         ("0.png\tword1\n1.png\n", r"^data\.folder: line 2 of .*captions\.tsv has no caption; give every line"),
         ("0.png\tword1\n\nnone.png\tword2\n", r"^data\.folder: line 3 of .*captions\.tsv names no file there; "),
         ("0.png\t" + "word1 " * 9 + "\n", r"^data\.tokens: is 4, and 1 of 1 texts have up to 10; "),
@@ -120,3 +121,22 @@ def test_a_table_that_cannot_be_used_is_refused(album: Path, tmp_path: Path, tab
         (tmp_path / "captions.tsv").write_text(table)
     with pytest.raises(ConfigError, match=message):
         of_album(tmp_path)
+
+
+def test_what_does_not_fit_into_memory_or_is_no_picture_is_refused(album: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data\.memory_gb: the images at 8x8 need 0\.0 GB, more than 1e-09; .* data\.size"
+    ):
+        of_album(album, memory_gb=1e-9)
+    save_tokenizer(tmp_path)
+    (tmp_path / "no.png").write_text("words")
+    (tmp_path / "captions.tsv").write_text("no.png\tword1\n" * 20)
+    with pytest.raises(ConfigError, match=r"no\.png: cannot be read as an image"):
+        of_album(tmp_path)
+
+
+def test_longer_captions_are_cut_where_that_is_asked(album: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "0.png").write_bytes((album / "0.png").read_bytes())
+    (tmp_path / "captions.tsv").write_text("0.png\tword1 word2 word3 word4 word5\n" * 20)
+    assert of_album(tmp_path, truncate=True).train.inputs[2].sum(1).tolist() == [4] * 5

@@ -1,8 +1,10 @@
 """Pictures and captions: what the losses want, that two towers learn it, and that every method gets through each."""
 
+import contextlib
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +199,31 @@ def test_only_the_projections_of_joined_networks_learn(tmp_path: Path) -> None:
         ConfigError, match=r"^model\.training\.learn: 'hat\.\*' matches no parameter; the last ones are "
     ):
         Probing(learn=["hat.*"]).learning(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"vision": "none.safetensors", "text": None, "config": BERT},
+            r"^model\.network\.vision: none\.safetensors is no file",
+        ),
+        ({"vision": None, "text": "."}, r"^model\.network\.text: \. has no model\.safetensors"),
+    ],
+)
+def test_a_joined_network_that_is_not_there_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with contextlib.chdir(tmp_path), pytest.raises(ConfigError, match=message):
+        two_towers(channels=3, **fields)
+
+
+def test_each_of_the_joined_networks_has_knobs_of_its_own() -> None:
+    model = two_towers(None, None, channels=3, width=8, config=BERT).eval()
+    example = (torch.randn(2, 3, 32, 32), torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long))
+    quantize = Quantize()
+    layers, groups = read_layers(model, example), {"quantize": quantize.groups(model, example)}
+    bits = {"choices": {"conv": [8, 32], "linear": [8, 32], "embedding": [32]}, "granularity": "block"}
+    space = build_space(
+        {"quantize": {"bits": bits}}, {"quantize": quantize}, groups, layers, {"fake": CountingRuntime()}
+    )
+    towers = {knob.name.partition("@")[2].partition(".")[0] for method in space.methods for knob in method.deciding}
+    assert towers == {"vision", "text"}
