@@ -10,7 +10,6 @@ from rich.console import Console
 
 from compressors.errors import ConfigError
 from search import build
-from search.allocation import keep_freed_memory
 from search.conclude import conclude, conclude_once, show
 from search.progress import ProgressView
 from search.remote import Away
@@ -19,7 +18,6 @@ from search.workers import run_together
 
 def search(config: DictConfig, console: Console) -> None:
     """Build, run to the budget or to Ctrl-C, choose, register, and print the front."""
-    keep_freed_memory()
     with ProgressView(console, build.view(config)) as view:
         job = build.build(config, view.training)
         outcome = run_together(job, view, config.workers)

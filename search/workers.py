@@ -17,7 +17,6 @@ from rich.console import Console
 from compressors.errors import ConfigError
 from evaluators.stopwatch import own_environment
 from search import build
-from search.allocation import keep_freed_memory
 from search.liveness import signal_when_parent_ends
 from search.loop import INTERRUPTED, run
 from search.progress import ProgressView
@@ -114,7 +113,6 @@ def main(path: str) -> int:
     """Carry out trials until the budget is spent; the exit code. Ends as by Ctrl-C when the first process does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal_when_parent_ends(signal.SIGTERM)
-    keep_freed_memory()
     config = build.from_yaml(Path(path).read_text())
     try:
         with ProgressView(Console(width=130), build.view(config)) as view:
