@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Param, RunTag
 from mlflow.entities import Metric as LoggedMetric
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.exc import SQLAlchemyError
 
 from compressors.errors import ConfigError
@@ -336,8 +337,15 @@ class Tracker:
         return self.trial(study, int(version.tags["compareto.number"]))
 
     def model_folder(self, record: TrialRecord) -> Path:
-        """The deployed files: in place where the store is local, else a temporary copy."""
-        return Path(self._client.download_artifacts(_run_id(record), MODEL_FOLDER))
+        """The deployed files: in place where the store is local, else a copy that lasts as long as the process."""
+        run_id = _run_id(record)
+        uri = self._client.get_run(run_id).info.artifact_uri
+        if urlsplit(uri).scheme in ("", "file"):
+            return Path(local_file_uri_to_path(uri), MODEL_FOLDER)
+        # MLflow's own temporary copies stay for ever, and it makes them of local files too (3.17).
+        copy = Path(_copies().name, run_id)
+        copy.mkdir(exist_ok=True)
+        return Path(self._client.download_artifacts(run_id, MODEL_FOLDER, str(copy)))
 
     def _log(self, run_id: str, params: Mapping[str, Scalar], metrics: Sequence[Any], tags: Mapping[str, str]) -> None:
         """In one call, unless there are more params than one takes."""
@@ -453,6 +461,12 @@ def _logged(metrics: Mapping[str, float], step: int, at: float | None = None) ->
 
 def _tags(tags: Mapping[str, str]) -> list[Any]:
     return [RunTag(key, value) for key, value in tags.items()]
+
+
+@cache
+def _copies() -> "tempfile.TemporaryDirectory[str]":
+    """Where files from elsewhere are put, until the process ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def _run_id(record: TrialRecord) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from compressors.pipeline import Artifact, Context
 from compressors.plan import CompressionPlan, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.runtime import Array, Deployed, Loader, Session, Support, TensorSpec
+from search import tracking
 from search.pyfunc import save_pyfunc
 from search.records import record_from_json, record_to_json
 from search.tracking import StudyRun, Tracker, plan_params
@@ -188,6 +190,22 @@ def test_a_finished_trial_is_read_back_whole(tracker: Tracker, study: StudyRun, 
     assert tracker.records(study) == [found]
     assert tracker.find(study, plan(4).digest) is None
     assert np.array_equal(np.load(tracker.model_folder(found) / "weight.npy"), WEIGHT)
+
+
+def test_files_of_a_local_store_are_used_where_they_are(tracker: Tracker, study: StudyRun, tmp_path: Path) -> None:
+    found = finish(tracker, study, record(), tmp_path / "deployed")
+    assert tracker.model_folder(found).is_relative_to(str(tracker.artifacts))
+
+
+def test_files_from_elsewhere_are_copied_to_one_place(
+    tracker: Tracker, study: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = finish(tracker, study, record(), tmp_path / "deployed")
+    monkeypatch.setattr(tracking, "urlsplit", lambda _uri: urlsplit("mlflow-artifacts:/1/2"))
+    for _ in range(2):
+        folder = tracker.model_folder(found)
+        assert folder.is_relative_to(tracking._copies().name)
+        assert np.array_equal(np.load(folder / "weight.npy"), WEIGHT)
 
 
 def test_an_infeasible_trial_keeps_its_reason(tracker: Tracker, study: StudyRun) -> None:
