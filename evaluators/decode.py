@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from compressors.errors import Infeasible, at_least
+from compressors.errors import Infeasible
 from evaluators.evaluation import Examples
 from evaluators.latency import Latency
-from evaluators.measurement import Metric
 from evaluators.runtime import Array, Deployed
 
 
@@ -20,15 +18,13 @@ class Decode(Latency):
     Each call is given the whole past, as one that follows on another would be.
     """
 
+    name: str = "decode"
     context: int = 128
-    option: ClassVar[str] = "evaluator.decode"
-    ratio: ClassVar[Metric] = Metric("decode_ratio", "of reference", "minimize")
-    milliseconds: ClassVar[Metric] = Metric("decode_ms", "ms", "minimize")
 
     def __post_init__(self) -> None:
         """Refuses what `Latency` does, and a text without a word."""
         super().__post_init__()
-        at_least(1, **{f"{self.option}.context": self.context})
+        self._at_least(1, "context")
 
     def fed(self, deployed: Deployed, examples: Examples) -> Sequence[Array]:
         """The first word of each text, and a past whose numbers are drawn; `Infeasible` for a model without any."""

@@ -30,9 +30,12 @@ class Latency:
     is thrown away when the reference strays more than `drift` from its calibrated time, at most `retries` times.
     `floor` is the least half-width of a band: a ratio was seen to move so far from one process to another.
     `core` -1 is the last core of this process. One reading runs at a time on a host, whatever the number of searches.
+    `name` is the evaluator's in the configuration, which may hold several, such as one for each size of batch that is
+    served: what is fastest for one example need not be for eight.
     Sessions of a preview count towards the full measurement of the same file, which times only those still missing.
     """
 
+    name: str = "latency"
     batch: int = 1
     threads: int = 1
     core: int = -1
@@ -45,26 +48,28 @@ class Latency:
     floor: float = 0.06
     retries: int = 6
     of_machine: ClassVar[bool] = True
-    option: ClassVar[str] = "evaluator.latency"
-    ratio: ClassVar[Metric] = Metric("latency_ratio", "of reference", "minimize")
-    milliseconds: ClassVar[Metric] = Metric("latency_ms", "ms", "minimize")
     _stopwatch: Stopwatch | None = field(default=None, init=False, repr=False)
     _calibrated: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _kept: "_Kept | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses counts that would time nothing; a band needs two sessions."""
-        counts = {name: getattr(self, name) for name in ("batch", "rounds", "calls", "retries")}
-        at_least(1, **{f"{self.option}.{name}": count for name, count in counts.items()})
-        at_least(2, **{f"{self.option}.sessions": self.sessions})
+        self._at_least(1, "batch", "rounds", "calls", "retries")
+        self._at_least(2, "sessions")
+        self._at_least(0, "threads", "warmup", "seconds", "floor")
         if not isinstance(self.core, int):
-            raise ConfigError(f"{self.option}.core", f"is {self.core!r}", "give a whole number, -1 for the last")
-        least = {name: getattr(self, name) for name in ("threads", "warmup", "seconds", "floor")}
-        at_least(0, **{f"{self.option}.{name}": value for name, value in least.items()})
+            problem = f"is {self.core!r}"
+            raise ConfigError(f"evaluator.{self.name}.core", problem, "give a whole number, -1 for the last")
+
+    def _at_least(self, low: int, *options: str) -> None:
+        at_least(low, **{f"evaluator.{self.name}.{option}": getattr(self, option) for option in options})
 
     def metrics(self) -> tuple[Metric, ...]:
         """The ratio to the reference, and the same reading in milliseconds per call of the whole batch."""
-        return (self.ratio, self.milliseconds)
+        return (
+            Metric(f"{self.name}_ratio", "of reference", "minimize"),
+            Metric(f"{self.name}_ms", "ms", "minimize"),
+        )
 
     def fed(self, deployed: Deployed, examples: Examples) -> Sequence[Array]:
         """What a timed call is given: the first `batch` examples."""
@@ -113,9 +118,10 @@ class Latency:
         }
         low, value, high = ends
         n = sum(map(len, reading.sessions))
+        ratio, milliseconds = self.metrics()
         return (
-            Measurement(self.ratio, value, (low, high), n, conditions),
-            Measurement(self.milliseconds, *_in_ms(reading, low, value, high), n, conditions),
+            Measurement(ratio, value, (low, high), n, conditions),
+            Measurement(milliseconds, *_in_ms(reading, low, value, high), n, conditions),
         )
 
     def _steady(

@@ -113,6 +113,7 @@ def build(
     runtimes: dict[str, Runtime] = {name: make(f"runtime.{name}", node) for name, node in config.runtime.items()}
     evaluators: dict[str, Evaluator] = dict(extra or {})
     evaluators |= {name: make(f"evaluator.{name}", node) for name, node in config.evaluator.items()}
+    _no_metric_twice(evaluators)
     objectives, bounds = _objectives(config, evaluators), _bounds(config)
     for bound in bounds:
         _known(f"bounds.{bound.metric}", bound.metric, _metrics(evaluators))
@@ -411,6 +412,15 @@ def _role(metric: Metric, quality: str) -> Role:
         return "quality"
     # Memory has bytes too, but follows from the weights no better than a latency does; parameters know no bit-widths.
     return "size" if metric.name == SIZE.name else "latency"
+
+
+def _no_metric_twice(evaluators: Mapping[str, Evaluator]) -> None:
+    names = [(metric.name, name) for name, evaluator in evaluators.items() for metric in evaluator.metrics()]
+    first: dict[str, str] = {}
+    for metric, name in names:
+        if first.setdefault(metric, name) != name:
+            problem = f"measures {metric}, as evaluator.{first[metric]} does"
+            raise ConfigError(f"evaluator.{name}", problem, f"leave one out, or set evaluator.{name}.name={name}")
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:

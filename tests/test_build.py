@@ -153,6 +153,14 @@ def test_without_quality_among_the_objectives_there_is_no_guide(store: Path) -> 
     assert not search.sparing
 
 
+def test_two_sizes_of_batch_are_objectives_of_their_own(store: Path) -> None:
+    batches = ("evaluator=[accuracy,latency,batched]", "objectives=[accuracy,latency_ratio,batched_ratio]")
+    search = built(store, *batches)
+    assert [metric.name for metric in search.objectives] == ["accuracy", "latency_ratio", "batched_ratio"]
+    with pytest.raises(ConfigError, match=r"evaluator\.batched: measures latency_ratio, as evaluator\.latency does"):
+        built(store, *batches, "evaluator.batched.name=latency")
+
+
 def test_evaluators_given_from_python_come_first(store: Path) -> None:
     search = built(store, "quality=score", "evaluator=[latency,size]", extra={"score": Score(lambda _o, _t: 1.0)})
     assert list(search.workbench.evaluators) == ["score", "latency", "size"]

@@ -22,6 +22,7 @@ from search.trial import Look, Midway, Stop, TrialRecord
 
 ACCURACY = Metric("accuracy", "share", "maximize")
 SIZE = Metric("size_bytes", "bytes", "minimize")
+RATIO = Latency().metrics()[0]
 NAMES = ("accuracy", "latency_ratio", "size_bytes")
 LADDER = Ladder(NAMES, "accuracy", "latency_ratio")
 PLAIN = CompressionPlan(Target("fake", "fp32"))
@@ -31,7 +32,7 @@ PRUNED = CompressionPlan(Target("fake", "fp32"), (Step("prune", {}, {"sparsity":
 def record(number: int, accuracy: float, ratio: float, size: float, **changes: Any) -> TrialRecord:
     measurements = (
         proportion(ACCURACY, round(400 * accuracy), 400, "validation"),
-        Measurement(Latency.ratio, ratio, (0.94 * ratio, 1.06 * ratio), 24),
+        Measurement(RATIO, ratio, (0.94 * ratio, 1.06 * ratio), 24),
         exact(SIZE, size),
     )
     fields: dict[str, Any] = {"plan": PRUNED if number else PLAIN, "measurements": measurements}
@@ -48,7 +49,7 @@ def seen(accuracy: float, ratio: float, share: float = 0.25, size: float | None 
     n = round(400 * share)
     previews = {
         "accuracy": proportion(ACCURACY, round(n * accuracy), n, "validation"),
-        "latency_ratio": Measurement(Latency.ratio, ratio, early_band([[ratio] * 6], 0.06)[::2], 6),
+        "latency_ratio": Measurement(RATIO, ratio, early_band([[ratio] * 6], 0.06)[::2], 6),
     }
     final = {LOSS.name: exact(LOSS, loss)} | ({} if size is None else {"size_bytes": exact(SIZE, size)})
     return Look("preview 25 %", final, previews, share)
@@ -76,7 +77,7 @@ class Candidate:
         low, value, high = band(self.sessions, 0.06)
         measured = (
             proportion(ACCURACY, int(self.hits.sum()), len(self.hits), "validation"),
-            Measurement(Latency.ratio, value, (low, high), 24),
+            Measurement(RATIO, value, (low, high), 24),
             exact(SIZE, self.size),
             exact(LOSS, self.loss),
         )
@@ -92,7 +93,7 @@ class Candidate:
             low, value, high = early_band(self.sessions[: math.ceil(share * len(self.sessions))], 0.06)
             previews = {
                 "accuracy": proportion(ACCURACY, int(hits.sum()), len(hits), "validation"),
-                "latency_ratio": Measurement(Latency.ratio, value, (low, high), 6),
+                "latency_ratio": Measurement(RATIO, value, (low, high), 6),
             }
             yield Look(f"preview {100 * share:g} %", final, previews, share)
 
@@ -199,7 +200,7 @@ def test_a_promise_is_broken_no_more_often_than_one_look_may_be_wrong() -> None:
 
 
 def lesson(number: int, loss: float, accuracy: float) -> TrialRecord:
-    measured = (exact(ACCURACY, accuracy), exact(Latency.ratio, 1.0), exact(SIZE, 1.0), exact(LOSS, loss))
+    measured = (exact(ACCURACY, accuracy), exact(RATIO, 1.0), exact(SIZE, 1.0), exact(LOSS, loss))
     return record(number, 0, 1, 1, measurements=measured)
 
 
@@ -213,7 +214,7 @@ def student(number: int, loss: float, accuracy: float, slower: float = 1.0, **ep
     ratio = 0.5 * slower
     measured = (
         exact(ACCURACY, accuracy),
-        Measurement(Latency.ratio, ratio, (0.94 * ratio, 1.06 * ratio), 24),
+        Measurement(RATIO, ratio, (0.94 * ratio, 1.06 * ratio), 24),
         exact(SIZE, 2000.0),
     )
     reported = {"epochs": 8, "loss_after_4": loss, "loss": loss / 2, **epochs}

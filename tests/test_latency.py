@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +210,12 @@ def test_memory_of_a_broken_file_is_infeasible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"sessions": 1}, {"rounds": 0}, {"calls": 0}, {"batch": 0}, {"warmup": -1}])
-def test_counts_that_would_time_nothing_are_refused(wrong: dict[str, int]) -> None:
+def test_counts_that_would_time_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"evaluator\.latency\.{next(iter(wrong))}: is"):
         Latency(**wrong)
+
+
+def test_a_second_latency_has_names_of_its_own() -> None:
+    assert [metric.name for metric in Latency(name="batched").metrics()] == ["batched_ratio", "batched_ms"]
+    with pytest.raises(ConfigError, match=r"evaluator\.batched\.batch: is 0"):
+        Latency(name="batched", batch=0)
