@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compressors.errors import ConfigError, Infeasible
+from compressors.errors import Infeasible
 from evaluators.accuracy import finite, proportion
 from evaluators.evaluation import Examples
 from evaluators.measurement import Measurement, Metric
+from evaluators.retrieval import ranks_asked
 from evaluators.runtime import Array, Deployed
 
 Rows = NDArray[np.float64]
@@ -30,10 +31,7 @@ class CrossRetrieval:
 
     def __post_init__(self) -> None:
         """Refuses ranks that are none."""
-        object.__setattr__(self, "at", tuple(self.at))
-        if not self.at or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in self.at):
-            problem = f"is {list(self.at)}"
-            raise ConfigError("evaluator.cross_retrieval.at", problem, "give whole numbers above 0, such as [1,5,10]")
+        object.__setattr__(self, "at", ranks_asked("cross_retrieval", self.at))
 
     def metrics(self) -> tuple[Metric, ...]:
         """`recall_at_1`, the mean of `image_to_text_at_1` and `text_to_image_at_1`, and so on: shares in 0..1."""

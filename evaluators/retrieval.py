@@ -29,10 +29,7 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         """Refuses ranks that are none."""
-        object.__setattr__(self, "at", tuple(self.at))
-        if not self.at or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in self.at):
-            problem = f"is {list(self.at)}"
-            raise ConfigError("evaluator.retrieval.at", problem, "give whole numbers above 0, such as [1,5,10]")
+        object.__setattr__(self, "at", ranks_asked("retrieval", self.at))
 
     def metrics(self) -> tuple[Metric, ...]:
         """`retrieval_at_1` and so on, shares in 0..1."""
@@ -53,6 +50,14 @@ class Retrieval:
 
     def close(self) -> None:
         """Holds nothing."""
+
+
+def ranks_asked(evaluator: str, at: Sequence[int]) -> tuple[int, ...]:
+    """Those that an evaluator's option asks for; refuses what is none."""
+    if not at or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in at):
+        problem = f"is {list(at)}"
+        raise ConfigError(f"evaluator.{evaluator}.at", problem, "give whole numbers above 0, such as [1,5,10]")
+    return tuple(at)
 
 
 def _ranks(original: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -13,53 +13,27 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
 from compressors.depth import Depth
-from compressors.distill import Distill
 from compressors.errors import ConfigError
-from compressors.heads import Heads
 from compressors.layers import read_layers
-from compressors.lowrank import LowRank
-from compressors.pipeline import Compressor, Context, compress
+from compressors.pipeline import compress
 from compressors.plan import CompressionPlan, Settings, Step, Target
-from compressors.prune import Prune
 from compressors.quantize import Quantize
 from search.image_text import TEMPERATURE, contrastive_loss, image_text, relation_loss
 from search.pretrained import clip, two_towers
 from search.space import build_space
 from search.training import FineTuning, Probing, trained
 from search.workload import Split, Splits
+from tests.context import METHODS, workload_context
 from tests.pairs import CONFIG, small_clip, splits
 from tests.studies import CountingRuntime
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
 from tests.words import CONFIG as BERT
 
-DISTILL = Distill(
-    weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=256, first_round=2, precision="fp32", parent=None
-)
-METHODS: dict[str, Compressor] = {
-    "depth": Depth(),
-    "heads": Heads(),
-    "prune": Prune(),
-    "lowrank": LowRank(),
-    "distill": DISTILL,
-    "quantize": Quantize(),
-}
 LEARNING: Settings = {"epochs": 2, "temperature": 1.0, "weight": 0.5, "learning_rate": 3e-3}
 
 
 def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
-
-
-def context_of(model: torch.nn.Module, data: Splits) -> Context:
-    task = image_text()
-    return Context(
-        teacher=model,
-        example=tuple(x[:2] for x in data.calibration.inputs),
-        train=lambda: data.train.batches(32, shuffle=True),
-        calibration=lambda: data.calibration.batches(32),
-        loss=task.loss,
-        imitation=task.imitation,
-    )
 
 
 def test_the_loss_is_that_of_clip_where_every_caption_is_another() -> None:
@@ -130,13 +104,13 @@ def test_two_towers_learn_to_find_each_other(tmp_path: Path) -> None:
 def test_recovery_brings_similarities_back() -> None:
     model, data = small_clip(), splits()
     left = copy.deepcopy(model)
-    context = context_of(model, data)
+    context = workload_context(model, data, image_text())
     block = {f"{tower}.body.encoder.layers.1": {"skip": True} for tower in ("vision", "text")}
     Depth().apply(left, Step("depth", block), context, 0)
     inputs = data.validation.inputs
     with torch.no_grad():
         before = relation_loss(left(*inputs), model(*inputs), 1.0)
-        DISTILL.apply(left, Step("distill", {}, {**LEARNING, "weight": 1.0}), context, 0)
+        METHODS["distill"].apply(left, Step("distill", {}, {**LEARNING, "weight": 1.0}), context, 0)
         after = relation_loss(left(*inputs), model(*inputs), 1.0)
     assert after < 0.7 * before
 
@@ -144,7 +118,7 @@ def test_recovery_brings_similarities_back() -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_method_gets_through_each_tower_and_deploys(tmp_path: Path, runtime: str) -> None:
     model, data = small_clip(), splits()
-    context = context_of(model, data)
+    context = workload_context(model, data, image_text())
     vision, text = (f"{tower}.body.encoder.layers" for tower in ("vision", "text"))
     structure = (
         Step("depth", {f"{vision}.1": {"skip": True}}),

@@ -9,16 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from compressors.depth import Depth
-from compressors.distill import Distill
 from compressors.errors import ConfigError, Infeasible
 from compressors.fisher import diagonal_fisher
-from compressors.heads import Heads
 from compressors.layers import read_layers
-from compressors.pipeline import Artifact, Compressor, Context, compress
+from compressors.pipeline import Artifact, compress
 from compressors.plan import CompressionPlan, Settings, Step, Target
 from compressors.prune import Prune
-from compressors.quantize import Quantize
 from compressors.rounding import dequantize
 from evaluators.decode import Decode
 from evaluators.evaluation import Examples
@@ -28,32 +24,13 @@ from search.language import CausalLM, language, next_word_loss
 from search.pretrained import causal_lm
 from search.pyfunc import save_pyfunc
 from search.training import FineTuning, trained
-from search.workload import Splits
+from tests.context import METHODS, workload_context
 from tests.fakes import FakeRuntime, deployed
 from tests.prose import FAMILIES, GPT, TOKENS, VOCABULARY, small_lm, splits, texts
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
 from tests.words import CONFIG as BERT
 
-METHODS: dict[str, Compressor] = {
-    "depth": Depth(),
-    "heads": Heads(),
-    "prune": Prune(),
-    "distill": Distill(
-        weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=256, first_round=2, precision="fp32", parent=None
-    ),
-    "quantize": Quantize(),
-}
 LEARNING: Settings = {"epochs": 1, "temperature": 1.0, "weight": 0.5, "learning_rate": 1e-3}
-
-
-def context_of(model: nn.Module, data: Splits) -> Context:
-    return Context(
-        teacher=model,
-        example=tuple(x[:2] for x in data.calibration.inputs),
-        train=lambda: data.train.batches(32, shuffle=True),
-        calibration=lambda: data.calibration.batches(32),
-        loss=language().loss,
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +131,7 @@ def test_every_method_gets_through_and_the_file_goes_on_behind_a_past(
     tmp_path: Path, family: str, runtime: str
 ) -> None:
     model, data = small_lm(family), splits()
-    context, names = context_of(model, data), [name for name, _ in model.named_modules()]
+    context, names = workload_context(model, data, language()), [name for name, _ in model.named_modules()]
     blocks = "body.transformer.h" if family == "gpt2" else "body.model.layers"
     up = f"{blocks}.0.mlp." + ("c_fc" if family == "gpt2" else "gate_proj")
     down = f"{blocks}.0.mlp." + ("c_proj" if family == "gpt2" else "down_proj")
@@ -190,7 +167,7 @@ def test_every_method_gets_through_and_the_file_goes_on_behind_a_past(
 
 def test_a_model_without_any_attention_is_no_candidate(tmp_path: Path) -> None:
     model, data = small_lm(), splits()
-    context = context_of(model, data)
+    context = workload_context(model, data, language())
     step = Step("depth", {f"body.transformer.h.{i}": {"skip": True} for i in range(2)})
     made = compress(model, CompressionPlan(Target("onnxruntime", "fp32"), (step,)), METHODS, context)
     with pytest.raises(Infeasible, match="no attention is left"):
@@ -200,7 +177,7 @@ def test_a_model_without_any_attention_is_no_candidate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_weights_alone_take_the_bytes_that_their_bits_say(tmp_path: Path, runtime: str) -> None:
     model, data = small_lm(), splits()
-    context = context_of(model, data)
+    context = workload_context(model, data, language())
     layer, size = "body.transformer.h.0.mlp.c_fc", {}
     for bits in (32, 8, 4):
         step = Step("quantize", {layer: {"bits": bits}}, {"weights_alone": True, "group_size": 32})
@@ -225,8 +202,9 @@ def test_surprise_is_the_loss_window_by_window() -> None:
 def test_perplexity_and_how_it_compares_with_the_uncompressed_models(tmp_path: Path) -> None:
     model, data = small_lm(), splits()
     words = data.validation.inputs[0]
-    made = compress(model, CompressionPlan(Target("onnxruntime", "fp32"), ()), METHODS, context_of(model, data))
-    file = runtime_of("onnxruntime").deploy(made, context_of(model, data), tmp_path / "file", tmp_path / "cache")
+    context = workload_context(model, data, language())
+    made = compress(model, CompressionPlan(Target("onnxruntime", "fp32"), ()), METHODS, context)
+    file = runtime_of("onnxruntime").deploy(made, context, tmp_path / "file", tmp_path / "cache")
     perplexity, relative = Perplexity().measure(file, file, examples(model(words), words))
     expected = np.exp(np.mean(surprise(model(words).numpy(), words.numpy())))
     assert perplexity.value == pytest.approx(expected, rel=1e-4)
@@ -246,7 +224,8 @@ def test_perplexity_needs_logits_for_every_word(tmp_path: Path) -> None:
 
 def test_decode_gives_each_file_a_past_of_its_own_shape(tmp_path: Path) -> None:
     model, data = small_lm(), splits()
-    context, timer = context_of(model, data), Decode(context=9, batch=2, sessions=2, rounds=2, warmup=1, calls=2)
+    context = workload_context(model, data, language())
+    timer = Decode(context=9, batch=2, sessions=2, rounds=2, warmup=1, calls=2)
     files: list[Deployed] = []
     for i, steps in enumerate(((), (Step("depth", {"body.transformer.h.1": {"skip": True}}),))):
         made = compress(model, CompressionPlan(Target("onnxruntime", "fp32"), steps), METHODS, context)
@@ -279,7 +258,7 @@ def test_a_registered_model_takes_words_of_any_number_and_needs_no_past(tmp_path
     import mlflow.pyfunc
 
     model, data = small_lm(), splits()
-    context, words = context_of(model, data), data.validation.inputs[0]
+    context, words = workload_context(model, data, language()), data.validation.inputs[0]
     made = compress(model, CompressionPlan(Target(runtime, "fp32"), ()), METHODS, context)
     file = runtime_of(runtime).deploy(made, context, tmp_path / "file", tmp_path / "cache")
     save_pyfunc(tmp_path / "registered", file.folder, file.runtime, "fp32", file.inputs)

@@ -9,22 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name all torch code uses
 
-from compressors.cluster import Cluster
 from compressors.depth import Depth
-from compressors.distill import Distill
 from compressors.errors import ConfigError
-from compressors.heads import Heads
-from compressors.lowrank import LowRank
-from compressors.pipeline import Compressor, Context, compress
+from compressors.pipeline import compress
 from compressors.plan import CompressionPlan, Settings, Step, Target
-from compressors.prune import Prune
-from compressors.quantize import Quantize
 from compressors.recovery import embedding_loss
 from search import build
 from search.pretrained import image_classifier, sentence_encoder, text_classifier
 from search.text import sentences
 from search.training import FineTuning, trained
-from search.workload import Splits, classification
+from search.workload import Splits, classification, embedding
+from tests.context import METHODS, workload_context
 from tests.test_runtimes import RUNTIMES, int8_kernels, runtime_of
 from tests.words import CONFIG, save_bert, sentence
 
@@ -151,30 +146,7 @@ def test_an_encoder_with_a_new_head_learns_to_classify(folder: Path, tmp_path: P
 # -- Every method, on two inputs
 
 
-DISTILL = Distill(
-    weight_decay=0.0, warmup=0.1, clip_norm=1.0, epoch_examples=128, first_round=2, precision="fp32", parent=None
-)
-METHODS: dict[str, Compressor] = {
-    "depth": Depth(),
-    "heads": Heads(),
-    "prune": Prune(),
-    "lowrank": LowRank(),
-    "distill": DISTILL,
-    "quantize": Quantize(),
-    "cluster": Cluster(examples=8),
-}
 LEARNING: Settings = {"epochs": 2, "temperature": 1.0, "weight": 1.0, "learning_rate": 3e-3}
-
-
-def context_of(model: nn.Module, splits: Splits) -> Context:
-    return Context(
-        teacher=model,
-        example=tuple(x[:2] for x in splits.calibration.inputs),
-        train=lambda: splits.train.batches(32, shuffle=True),
-        calibration=lambda: splits.calibration.batches(32),
-        loss=None,
-        imitation=embedding_loss,
-    )
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -183,11 +155,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def test_recovery_turns_embeddings_back(folder: Path) -> None:
     model, splits = sentence_encoder(str(folder)).eval().requires_grad_(False), splits_of(folder, "plain.txt")
-    context, left = context_of(model, splits), copy.deepcopy(model)
+    context, left = workload_context(model, splits, embedding()), copy.deepcopy(model)
     Depth().apply(left, Step("depth", {"body.encoder.layer.1": {"skip": True}}), context, 0)
     inputs = splits.validation.inputs
     before = cosine(left(*inputs), model(*inputs))
-    told = DISTILL.apply(left, Step("distill", {}, LEARNING), context, 0).achieved[""]
+    told = METHODS["distill"].apply(left, Step("distill", {}, LEARNING), context, 0).achieved[""]
     with torch.no_grad():
         after = cosine(left(*inputs), model(*inputs))
     assert after > before + 0.1
@@ -197,7 +169,7 @@ def test_recovery_turns_embeddings_back(folder: Path) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_method_gets_through_and_deploys(folder: Path, tmp_path: Path, runtime: str) -> None:
     model, splits = sentence_encoder(str(folder)).eval().requires_grad_(False), splits_of(folder, "plain.txt")
-    context = context_of(model, splits)
+    context = workload_context(model, splits, embedding())
     first, second = (f"body.encoder.layer.{i}" for i in range(2))
     rounded = [f"{first}.{layer}" for layer in ("attention.self.query", "intermediate.dense", "output.dense")]
     structure = (
