@@ -50,7 +50,7 @@ class OpenVINO:
 
     def precisions(self) -> tuple[str, ...]:
         """`bf16` only where the processor has it; elsewhere OpenVINO would silently compute in float."""
-        able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16") if "BF16" in able else ("fp32",)
 
     def support(self, kind: str, bits: int) -> Support:
@@ -109,7 +109,9 @@ def load_openvino(folder: str, precision: str, batch: int | None, threads: int) 
     import numpy as np
     import openvino as ov
 
-    core = ov.Core()
+    # One for ever, for all of a process: each sets a stack for signals, and sets back the one it found when it goes.
+    # Where the first of two goes first, that is memory given back, and the next signal crashes the process (2026.4).
+    core = vars(ov).setdefault("compareto_core", ov.Core())
     model = core.read_model(f"{folder}/model.xml")
     if batch is not None:
         model.reshape({port: [batch, *list(port.get_partial_shape())[1:]] for port in model.inputs})
@@ -141,10 +143,14 @@ def load_openvino(folder: str, precision: str, batch: int | None, threads: int) 
     return run
 
 
+def _core() -> ov.Core:
+    return vars(ov).setdefault("compareto_core", ov.Core())  # the loader's, see there
+
+
 @lru_cache(maxsize=4)
 def _read(folder: Path) -> ov.Model:
     # Kept in memory because the next candidate usually starts from the same graphs: clone before changing one.
-    return ov.Core().read_model(folder / "model.xml")
+    return _core().read_model(folder / "model.xml")
 
 
 def _save(model: ov.Model, folder: Path, half: bool) -> None:
@@ -162,7 +168,7 @@ def _name_by_position(model: ov.Model) -> None:
 
 
 def _write_float(source: Path, artifact: Artifact, context: Context, made: Path) -> None:
-    model = ov.Core().read_model(source)
+    model = _core().read_model(source)
     manager = Manager()
     manager.register_pass(ConstantFolding())  # so that every weight is a plain constant
     manager.run_passes(model)
@@ -317,7 +323,7 @@ def _pack(values: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def _kernels(deployed: Deployed) -> dict[str, str]:
-    core = ov.Core()
+    core = _core()
     model = core.read_model(deployed.folder / "model.xml")
     # With an open batch size the plugin chooses only when it runs.
     # A past of no word would leave products without anything to multiply.

@@ -268,6 +268,22 @@ def test_the_loaders_source_is_all_a_fresh_process_needs(plain: Bench, tmp_path:
     np.testing.assert_allclose(json.loads(there.stdout), output(deployed, 3), rtol=1e-5, atol=1e-6)
 
 
+def test_a_signal_is_no_crash_after_files_were_closed_in_the_order_of_loading(plain: Bench, tmp_path: Path) -> None:
+    """OpenVINO left Python's handlers a stack that was gone."""
+    loader, folder = plain.runtime.loader(), plain.deploy({}).folder
+    (tmp_path / "load.py").write_text(
+        f"import os, signal, sys\n{inspect.getsource(loader)}\n"
+        f"first, second = ({loader.__name__}(sys.argv[1], 'fp32', None, 1) for _ in range(2))\n"
+        "del first\n"
+        "del second\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard'))\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    command = [sys.executable, "-I", "load.py", str(folder)]
+    there = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert there.stdout == "heard\n"
+
+
 def test_many_examples_give_what_each_gives_alone(plain: Bench) -> None:
     deployed = plain.deploy({})
     inputs = images(130, 9).numpy()
