@@ -189,6 +189,14 @@ class Holding(Compressor, Protocol):
         """Give the weights for good what they were held to: they are plain parameters again."""
 
 
+@runtime_checkable
+class Inserting(Compressor, Protocol):
+    """A method of the RECOVER stage that puts modules in, without which weights stored behind it would not fit."""
+
+    def insert(self, model: nn.Module, step: Step, example: tuple[Tensor, ...]) -> None:
+        """Put in what `apply` would, which changes nothing as long as nothing is loaded into it."""
+
+
 @dataclass(frozen=True)
 class FloatModel:
     """A model in eval mode before its numbers are touched, and what each method so far achieved."""
@@ -316,7 +324,7 @@ class _Run:
         self._prepare()
         model, achieved = self._cut(structure, ())
         way = list(self._way([*self.of_stages(Stage.PREPARE), *structure], recovery))
-        passed, recovered = self._furthest(way, model)
+        passed, recovered, model = self._furthest(way, model)
         between = self._between(structure, recovery)
         if between and not passed:
             model, achieved = self._cut(structure, between)
@@ -334,7 +342,7 @@ class _Run:
             self.store.keep(prefix_digest(steps, self.plan.seed))
             model = copy.deepcopy(self.original).eval()
             with self.context.shared():
-                self.whole = FloatModel(model, self._recover(model, (), steps))
+                self.whole = self._recover(model, (), steps)
             self.context = replace(self.context, prepared=model)
 
     def _cut(self, structure: Sequence[Step], between: Sequence[Step]) -> tuple[nn.Module, dict[str, Achieved]]:
@@ -346,14 +354,14 @@ class _Run:
             before.append(step)
             if self._removes(step) and position < len(structure):
                 with self.context.shared():
-                    self._recover(model, before, between)
+                    model = self._recover(model, before, between).model
         return model, achieved
 
-    def _recover(self, model: nn.Module, before: Sequence[Step], steps: Sequence[Step]) -> dict[str, Achieved]:
-        """Train a model that has had the steps `before`, from where the store has it; what the training achieved."""
+    def _recover(self, model: nn.Module, before: Sequence[Step], steps: Sequence[Step]) -> FloatModel:
+        """Train a model that has had the steps `before`, from where the store has it, or one that fits what it has."""
         way = list(self._way(before, steps))
-        passed, recovered = self._furthest(way, model)
-        return self._train(model, way[passed:], recovered)
+        passed, recovered, model = self._furthest(way, model)
+        return FloatModel(model, self._train(model, way[passed:], recovered))
 
     def _between(self, structure: Sequence[Step], recovery: Sequence[Step]) -> tuple[Step, ...]:
         """Nothing where there is no parent: no module is out, nothing else is cut, or nothing trains."""
@@ -420,13 +428,23 @@ class _Run:
                 since = end
             done.append(step)
 
-    def _furthest(self, way: Sequence[_Leg], model: nn.Module) -> tuple[int, dict[str, Achieved]]:
-        """How many legs are behind the stored weights that `model` now has."""
+    def _furthest(self, way: Sequence[_Leg], model: nn.Module) -> tuple[int, dict[str, Achieved], nn.Module]:
+        """How many legs are behind the stored weights of the model that is returned, `model` itself where that fits."""
         for passed in range(len(way), 0, -1):
-            known = self.store.load(way[passed - 1].prefix, model)
+            fitting = self._fitting(way[:passed], model)
+            known = self.store.load(way[passed - 1].prefix, fitting)
             if known is not None:
-                return passed, dict(known)
-        return 0, {}
+                return passed, dict(known), fitting
+        return 0, {}, model
+
+    def _fitting(self, legs: Sequence[_Leg], model: nn.Module) -> nn.Module:
+        """What weights that were stored behind these legs can be loaded into."""
+        methods = ((self.compressors[leg.step.method], leg.step) for leg in legs)
+        inserting = [(method, step) for method, step in methods if isinstance(method, Inserting)]
+        fitting = copy.deepcopy(model) if inserting else model
+        for method, step in inserting:
+            method.insert(fitting, step, self.context.example)
+        return fitting
 
     def _advance(self, model: nn.Module, leg: _Leg) -> Applied:
         method = self.compressors[leg.step.method]

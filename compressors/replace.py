@@ -113,6 +113,13 @@ def put(model: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:
     model.set_submodule(name, InPlaceOf(*layers).train(old.training).requires_grad_(learns))
 
 
+def put_before(model: nn.Module, name: str, first: nn.Module) -> None:
+    """Let `first` stand before the layer `name`, or before all that stands in the place of it."""
+    old = model.get_submodule(name)
+    stand_ins = list(old) if isinstance(old, InPlaceOf) else [old]
+    model.set_submodule(name, InPlaceOf(first.train(old.training), *stand_ins).train(old.training))
+
+
 def layer_like(
     old: nn.Module, weight: Tensor, bias: Tensor | None = None, spatial: bool = False, groups: int = 1
 ) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Channels that can be scaled while the model answers as before: finds and scales them; it decides nothing."""
+"""Channels that can be scaled while the model answers as before: finds, makes and scales them; it decides nothing."""
 
 import copy
 from collections import Counter
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.layers import first_output, hooked, read_layers, weight_path
-from compressors.replace import stands_for
+from compressors.replace import put_before, sites, stands_for
 
 REACH = 10
 """A trial scales by up to two to this power, up and down: what is cut off at six, as by ReLU6, then shows."""
@@ -21,11 +21,25 @@ REACH = 10
 class Place:
     """Channels that a norm or a linear layer, the `feeder`, gives and only linear layers, the `readers`, take.
 
-    Between them they are at most mixed among positions, gated, or cut off at zero.
+    Between them they are at most mixed among positions, gated, or cut off at zero. A feeder may also be `Factors`.
     """
 
     feeder: str
     readers: tuple[str, ...]
+
+
+class Factors(nn.Module):
+    """Multiplies the last axis by a factor for each channel; training leaves them as they are."""
+
+    weight: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., channels)`."""
+        return x * self.weight
 
 
 @torch.no_grad()
@@ -58,6 +72,37 @@ def places(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Place]:
             found[name] = Place(feeder, took)
             taken.update(took)
     return found
+
+
+def fronts(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, tuple[str, ...]]:
+    """Linear layers before which `Factors` can stand, or what stands in their places: by the first, those given alike.
+
+    So queries, keys and values, which are given the same tensor, can share theirs.
+    """
+    first: dict[str, str] = {}
+    for spec in read_layers(model, example):
+        first.setdefault(stands_for(model, spec.name), spec.name if spec.kind == "linear" else "")
+    alone = {name for name, site in sites(model, example).items() if isinstance(site.layer, nn.Linear)}
+    names = {layer: name for name, layer in first.items() if layer and (name in alone or name != layer)}
+    given: dict[str, list[Tensor]] = {layer: [] for layer in names}
+    with torch.no_grad(), _listening(model, names, lambda layer, x: given[layer].append(x)):
+        model(*example)
+    groups: dict[tuple[int, ...], tuple[str, ...]] = {}
+    for layer, inputs in given.items():
+        # Nothing that was given is gone yet, so each has an identity of its own.
+        key = tuple(map(id, inputs))
+        groups[key] = (*groups.get(key, ()), names[layer])
+    return {members[0]: members for members in groups.values()}
+
+
+def insert(model: nn.Module, names: Sequence[str]) -> Place:
+    """Put `Factors` that are 1 before these layers, which are given the same; where they can be scaled from then on."""
+    module = model.get_submodule(names[0])
+    layer = next(m for m in module.modules() if isinstance(m, nn.Linear))
+    shared = Factors(layer.in_features)
+    for name in names:
+        put_before(model, name, shared)
+    return Place(f"{names[0]}.0", tuple(f"{name}.1" for name in names))
 
 
 @dataclass(frozen=True)
@@ -166,8 +211,8 @@ def _divided(module: nn.Module, factors: Tensor) -> Iterator[None]:
 
 def _divide(module: nn.Module, factors: Tensor) -> None:
     """Its rows, where it has a matrix; of a norm the factor and the shift."""
-    for parameter in module.parameters():
-        parameter.div_(factors.reshape(-1, *[1] * (parameter.dim() - 1)))
+    for tensor in (module.weight,) if isinstance(module, Factors) else module.parameters():
+        tensor.div_(factors.reshape(-1, *[1] * (tensor.dim() - 1)))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

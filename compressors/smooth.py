@@ -15,7 +15,7 @@ from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step
 from compressors.replace import one_thread
 from compressors.rounding import closest_scales, dequantize, limits, nearest
-from compressors.scaling import Place, places, rescale
+from compressors.scaling import Place, fronts, insert, places, rescale
 
 FORMS = ("smoothquant", "awq")
 LEAST = 1e-3
@@ -40,10 +40,12 @@ class Smooth:
       finely (Lin 2023, arXiv 2306.00978). The exponent e, up to m, is the one with the least error of the layers'
       output on calibration data, their weights being rounded to `bits` with a scale for every `group_size` of them.
 
-    It only goes where `compressors.scaling` finds that nothing else changes: between a norm or a linear layer and the
-    linear layers that alone read it. So it does not help a network of convolutions, nor one that adds the norm's output
-    to something else, as the blocks of BERT do (there, only values and what they are projected by have a place). Nor
-    does it help where no channel stands out; there `smoothquant` only makes few bits of weights lose more.
+    Without `everywhere` it only goes where `compressors.scaling` finds that nothing else changes: between a norm or a
+    linear layer and the linear layers that alone read it. So it does not help a network that adds the norm's output to
+    something else, as the blocks of BERT do (there, only values and what they are projected by have a place). With
+    `everywhere` a multiplication goes before every linear layer, which takes a little time; layers that are given the
+    same share one. Neither helps a network of convolutions, nor one in which no channel stands out; there `smoothquant`
+    only makes few bits of weights lose more.
 
     It changes weights without training them, and so comes behind all that trains, but for qat: that chooses the grid on
     which the weights will lie, and scaling would take them off it. No prediction tells what it gains; the sampler
@@ -52,6 +54,7 @@ class Smooth:
 
     bits: int = 4
     group_size: int = 64
+    everywhere: bool = False
 
     method: ClassVar[str] = "smooth"
     stage: ClassVar[Stage] = Stage.RECOVER
@@ -63,7 +66,9 @@ class Smooth:
         at_least(1, **{"compressor.smooth.group_size": self.group_size})
 
     def groups(self, model: nn.Module, example: tuple[Tensor, ...]) -> Mapping[str, tuple[str, ...]]:
-        """What feeds -> itself and the layers that read it."""
+        """What feeds -> itself and the layers that read it; with `everywhere`, layers given the same, by the first."""
+        if self.everywhere:
+            return fronts(model, example)
         return {name: (name, *place.readers) for name, place in places(model, example).items()}
 
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
@@ -71,7 +76,7 @@ class Smooth:
         form = _form(step.shared)
         # Factors are for the weights that stay, and scaled ones would be chosen otherwise.
         finish(model)
-        known = places(model, context.example)
+        known = self._known(model, step, context.example)
         asked = {name: _migration(known, name, settings) for name, settings in step.per_layer.items()}
         scaled = {known[name].readers[0]: name for name, migration in asked.items() if migration > 0}
         weights = {name: _weight(model, name, known[name]) for name in scaled.values()}
@@ -87,6 +92,20 @@ class Smooth:
         for name, found in factors.items():
             rescale(model, known[name], found)
         return Applied(achieved)
+
+    def insert(self, model: nn.Module, step: Step, example: tuple[Tensor, ...]) -> None:
+        """With `everywhere`, put in the factors that the step is about; all are 1."""
+        self._known(model, step, example)
+
+    def _known(self, model: nn.Module, step: Step, example: tuple[Tensor, ...]) -> dict[str, Place]:
+        """The places that there are; with `everywhere`, those of the step are made."""
+        if not self.everywhere:
+            return places(model, example)
+        asked = {name for name, settings in step.per_layer.items() if settings["migration"]}
+        return {
+            name: insert(model, alike) if name in asked else Place(name, alike)
+            for name, alike in fronts(model, example).items()
+        }
 
     def _factors(self, form: str, rows: Tensor, weight: Tensor, migration: float) -> tuple[float, Tensor]:
         """The exponent that was taken, and the factors."""

@@ -1,6 +1,6 @@
-"""Two small transformers as language models are: norms come before what reads them, and some channels stand out."""
+"""Small transformers, most with norms in front as language models have them, in which some channels stand out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,21 @@ class Transformer(nn.Module):
         return self.head(self.last(x)).mean(1)  # type: ignore[no-any-return]
 
 
+class PostNorm(nn.Module):
+    """Attention and linear layers as in BERT: what a norm gives is read, and added to what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Linear(36, 64), nn.LayerNorm(64), nn.LayerNorm(64)
+        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
+        self.up, self.down, self.head = nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embed(x.reshape(x.shape[0], 12, 36)))
+        x = self.second(x + F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)))
+        return self.head(x + self.down(F.gelu(self.up(x)))).mean(1)  # type: ignore[no-any-return]
+
+
 class Gated(nn.Module):
     """A gate in the place of an activation, and a norm without a shift."""
 
@@ -49,11 +64,21 @@ def made(kind: Callable[[], nn.Module]) -> nn.Module:
         return kind().eval()
 
 
-@torch.no_grad()
 def rough(size: float = 32.0) -> nn.Module:
     """A transformer some of whose normed channels are so much larger than the others; readers heed them less."""
-    model = made(Transformer)
-    for norm, readers in {"first": ("query", "key", "value"), "second": ("up",), "last": ("head",)}.items():
+    return _with_outliers(
+        made(Transformer), {"first": ("query", "key", "value"), "second": ("up",), "last": ("head",)}, size
+    )
+
+
+def rough_sums(size: float = 32.0) -> nn.Module:
+    """The same of one in which such channels are added to others too."""
+    return _with_outliers(made(PostNorm), {"first": ("query", "key", "value"), "second": ("up", "head")}, size)
+
+
+@torch.no_grad()
+def _with_outliers(model: nn.Module, norms: Mapping[str, Sequence[str]], size: float) -> nn.Module:
+    for norm, readers in norms.items():
         for parameter in model.get_submodule(norm).parameters():
             parameter[OUTLIERS] *= size
         for reader in readers:

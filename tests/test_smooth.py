@@ -14,18 +14,21 @@ from torch.nn.utils import parametrize
 import conf
 from compressors.errors import ConfigError, Infeasible
 from compressors.layers import read_layers
+from compressors.lowrank import LowRank
 from compressors.pipeline import Artifact, Compressor, Context, compress
 from compressors.plan import CompressionPlan, Scalar, Step, Target
 from compressors.qat import Qat
 from compressors.quantize import Quantize
+from compressors.scaling import Factors, fronts
 from compressors.smooth import Smooth, balanced, searched
 from compressors.sparsify import Sparsify
 from evaluators.onnxruntime import OnnxRuntime
 from evaluators.openvino import OpenVINO
 from evaluators.runtime import Runtime
+from search.cache import Cache
 from search.space import SearchSpace, build_space
 from tests.context import make_context
-from tests.prenorm import OUTLIERS, Gated, Transformer, made, rough
+from tests.prenorm import OUTLIERS, Gated, Transformer, made, rough, rough_sums
 from tests.zoo import build, images
 
 RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "openvino": OpenVINO()}
@@ -42,8 +45,13 @@ every_runtime = pytest.mark.parametrize("runtime", RUNTIMES)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def smooth(model: nn.Module, migration: float = 0.5, form: str = "smoothquant") -> Step:
-    owners = Smooth().groups(model, EXAMPLE)
+EVERYWHERE = {**COMPRESSORS, "smooth": Smooth(group_size=32, everywhere=True)}
+
+
+def smooth(
+    model: nn.Module, migration: float = 0.5, form: str = "smoothquant", methods: Mapping[str, Compressor] = COMPRESSORS
+) -> Step:
+    owners = methods["smooth"].groups(model, EXAMPLE)
     return Step("smooth", {owner: {"migration": migration} for owner in owners}, {"form": form})
 
 
@@ -57,14 +65,22 @@ def context(model: nn.Module) -> Context:
     return make_context(model, count=256, size=128)
 
 
-def run(model: nn.Module, *steps: Step, runtime: str = "any") -> Artifact:
-    return compress(model, CompressionPlan(Target(runtime, "fp32"), steps), COMPRESSORS, context(model))
+def run(
+    model: nn.Module,
+    *steps: Step,
+    runtime: str = "any",
+    methods: Mapping[str, Compressor] = COMPRESSORS,
+    store: Cache | None = None,
+) -> Artifact:
+    return compress(model, CompressionPlan(Target(runtime, "fp32"), steps), methods, context(model), store)
 
 
-def off(model: nn.Module, runtime: str, folder: Path, *steps: Step) -> float:
+def off(
+    model: nn.Module, runtime: str, folder: Path, *steps: Step, methods: Mapping[str, Compressor] = COMPRESSORS
+) -> float:
     """The error of a deployed file's output as a share of the uncompressed model's."""
     name = "-".join([step.method for step in steps])
-    artifact = run(model, *steps, runtime=runtime)
+    artifact = run(model, *steps, runtime=runtime, methods=methods)
     deployed = RUNTIMES[runtime].deploy(artifact, context(model), folder / name, folder / "cache")
     with torch.no_grad():
         expected = model(images(64, 9)).numpy()
@@ -235,7 +251,73 @@ def test_a_row_of_one_weight_lies_on_every_grid_and_is_scaled_all_the_same() -> 
 @pytest.mark.parametrize(("field", "value"), [("bits", 1), ("group_size", 0)])
 def test_a_grid_that_there_is_not_is_refused(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"compressor.smooth.{field}"):
-        Smooth(**{field: value})
+        Smooth(**{field: value})  # type: ignore[arg-type]
+
+
+# -- Everywhere
+
+
+@every_form
+@pytest.mark.parametrize("net", [rough_sums, rough, lambda: made(Gated), lambda: build("attention")])
+def test_factors_before_every_linear_layer_leave_the_answers(net: Any, form: str) -> None:
+    model = net()
+    step = smooth(model, 0.75, form, EVERYWHERE)
+    linear = [layer.name for layer in read_layers(model, EXAMPLE) if layer.kind == "linear"]
+    assert sorted(reader for alike in fronts(model, EXAMPLE).values() for reader in alike) == sorted(linear)
+    made_of = run(model, step, methods=EVERYWHERE).model
+    with torch.no_grad():
+        expected, given = model(images(64, 9)), made_of(images(64, 9))
+    assert (given - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(isinstance(made_of.get_submodule(f"{name}.0"), Factors) for name in linear)
+
+
+@every_runtime
+def test_8_bits_lose_less_where_what_stands_out_is_added_too(runtime: str, tmp_path: Path) -> None:
+    model = rough_sums()
+    plain = off(model, runtime, tmp_path, quantize(model, 8))
+    assert off(model, runtime, tmp_path, smooth(model), quantize(model, 8)) > 0.8 * plain
+    everywhere = smooth(model, methods=EVERYWHERE), quantize(model, 8)
+    assert off(model, runtime, tmp_path / "everywhere", *everywhere, methods=EVERYWHERE) < 0.3 * plain
+
+
+def test_layers_that_are_given_the_same_share_factors() -> None:
+    model = rough_sums()
+    assert fronts(model, EXAMPLE)["query"] == ("query", "key", "value")
+    assert fronts(model, EXAMPLE)["up"] == ("up",), "the head is given a sum"
+    scaled = run(model, smooth(model, methods=EVERYWHERE), methods=EVERYWHERE).model
+    assert scaled.get_submodule("query.0") is scaled.get_submodule("value.0")
+
+
+def test_a_layer_without_migration_stays_as_it_is() -> None:
+    model = rough_sums()
+    step = Step("smooth", {"query": {"migration": 0.0}, "up": {"migration": 0.5}}, {"form": "smoothquant"})
+    scaled = run(model, step, methods=EVERYWHERE).model
+    assert isinstance(scaled.get_submodule("query"), nn.Linear)
+    assert isinstance(scaled.get_submodule("up.0"), Factors)
+
+
+def test_it_goes_before_what_stands_in_the_place_of_a_layer() -> None:
+    model = rough_sums()
+    factored = Step("lowrank", {"up": {"rank": 0.25}}, {"whitened": False})
+    methods = {**EVERYWHERE, "lowrank": LowRank()}
+    with torch.no_grad():
+        before = run(model, factored, methods=methods).model(images(8, 9))
+        after = run(model, factored, smooth(model, methods=EVERYWHERE), methods=methods).model
+        torch.testing.assert_close(after(images(8, 9)), before)
+    assert [type(part) for part in after.get_submodule("up").children()] == [Factors, nn.Linear, nn.Linear]
+
+
+def test_what_was_stored_behind_it_is_found_again(tmp_path: Path) -> None:
+    model = rough_sums()
+    learning = Step("qat", {}, {"epochs": 1, "temperature": 1.0, "weight": 1.0, "learning_rate": 1e-3})
+    smoothing, rounding = smooth(model, methods=EVERYWHERE), quantize(model, 8)
+    made_first = run(model, smoothing, learning, rounding, methods=EVERYWHERE, store=Cache(tmp_path))
+    again = run(model, smoothing, learning, rounding, methods=EVERYWHERE, store=Cache(tmp_path))
+    assert set(again.seconds) <= {"quantize"}, "nothing is smoothed or trained anew"
+    for name, tensor in made_first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+    other = run(model, smoothing, rounding, methods=EVERYWHERE, store=Cache(tmp_path))
+    assert set(other.seconds) <= {"quantize"}
 
 
 def space(model: nn.Module) -> SearchSpace:
