@@ -1,4 +1,4 @@
-"""Writes the option tables of README.md from the files in conf/, comments included; run it after every change there."""
+"""Writes the tables of docs/options.md from the files in conf/, comments included; run it after every change there."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
+DOCUMENT = ROOT / "docs" / "options.md"
 BEGIN, END = "<!-- options: written by scripts/options.py -->", "<!-- options: end -->"
 NOT_OPTIONS = ("defaults", "hydra")
 
 
 def main() -> None:
     """Put the tables between the two marks."""
-    readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text()))
+    DOCUMENT.write_text(replaced(DOCUMENT.read_text()))
 
 
 def replaced(text: str) -> str:
@@ -24,24 +24,24 @@ def replaced(text: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"README.md lacks the marks {BEGIN!r} and {END!r}")
+        raise ValueError(f"{DOCUMENT.name} lacks the marks {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
 
 
 def tables() -> str:
     """All three tables as Markdown."""
     parts = [
-        "### Groups\n",
+        "## Groups\n",
         "Choose with `group=option`; where several are marked with `*` as the default, with `group=[one,another]`. "
         "The last column holds each option's settings, which take the group in front, `data.size=28`, and where "
         "several can be chosen the option too, `evaluator.latency.batch=8`. `???` must be given.\n",
         _table(("group", "option", "what it is", "settings"), _groups()),
-        "\n### Knobs\n",
+        "\n## Knobs\n",
         "What the search may turn, per method. Change one with its path, such as "
         "`compressor.prune.space.sparsity.granularity=layer` or `compressor.distill.space.epochs.choices=[0,4]`. "
         "Runtime and rest precision are knobs too; their choices come from `runtime=[...]` and from the processor.\n",
         _table(("knob", "choices", "asked per", "remarks"), _knobs()),
-        "\n### The rest\n",
+        "\n## The rest\n",
         _table(("option", "default", "what it is"), _general()),
     ]
     return "\n".join(parts)
@@ -52,7 +52,7 @@ def _groups() -> Iterator[Sequence[str]]:
     for group, names in chosen.items():
         others = sorted({path.stem for path in (CONF / group).glob("*.yaml")} - set(names))
         for path in (CONF / group / f"{name}.yaml" for name in [*names, *others]):
-            link = f"[`{path.stem}`](conf/{group}/{path.name})" + (" *" if path.stem in names else "")
+            link = f"[`{path.stem}`](../conf/{group}/{path.name})" + (" *" if path.stem in names else "")
             yield f"`{group}`", link, _summary(path), _settings(_load(path))
 
 

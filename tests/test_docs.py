@@ -22,7 +22,7 @@ from compressors.pipeline import Artifact, Context, LayerNumbers
 from compressors.plan import CompressionPlan, Target
 from evaluators.evaluation import Evaluator, Examples
 from evaluators.runtime import Deployed, Runtime
-from scripts.options import replaced
+from scripts.options import DOCUMENT, replaced
 from search import build
 from tests.context import make_context
 from tests.fakes import FakeRuntime, deployed
@@ -30,7 +30,7 @@ from tests.zoo import build as build_net
 from tests.zoo import images
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 README, CONTRIBUTING = (ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))
 PACKAGES = ("compressors", "conf", "evaluators", "tests")
 
@@ -56,7 +56,7 @@ def options(document: Path) -> list[list[str]]:
 
 
 def test_the_option_tables_are_those_of_conf() -> None:
-    assert replaced(README.read_text()) == README.read_text(), "run: python scripts/options.py"
+    assert replaced(DOCUMENT.read_text()) == DOCUMENT.read_text(), "run: python scripts/options.py"
 
 
 @every_document
