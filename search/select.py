@@ -247,9 +247,9 @@ def _best_within_drop(
             f"no candidate keeps {quality} within {drop:g} of the uncompressed {shown(original.value(quality))}: "
             f"the nearest, trial {nearest.number}, loses {loss(nearest):.4g}, {loss(nearest) - drop:.2g} too much",
         )
-    first = min(within, key=lambda r: _cost(r.value(metric))).value(metric)
-    # Closer than the bands is a tie: no quality is given away for it.
-    tied = [r for r in within if not first.clearly_better(r.value(metric))]
+    # Closer than the bands is a tie: no quality is given away for it. With all rivals, because the fastest may have a
+    # band so wide that it ties with anything.
+    tied = [r for r in within if not any(other.value(metric).clearly_better(r.value(metric)) for other in within)]
     # But nothing is recommended for what its own value says that it does not do.
     tied = [r for r in tied if _cost(r.value(metric)) <= _cost(original.value(metric))] or tied
     best = min(tied, key=lambda r: (loss(r), _cost(r.value(metric))))

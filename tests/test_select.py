@@ -174,6 +174,13 @@ def test_no_quality_is_given_away_for_a_speed_within_the_bands() -> None:
     assert choose([*STUDY, a_hair_faster], Fastest(), NAMES).record == INT8
 
 
+def test_the_wide_band_of_the_fastest_does_not_excuse_what_another_one_clearly_beats() -> None:
+    uncertain, steady, slow = trial(5, 0.975, 0.19), trial(6, 0.976, 0.2), trial(7, 0.979, 0.25)
+    wide = Measurement(RATIO, 0.19, (0.12, 0.3), 20)
+    uncertain = replace(uncertain, measurements=(uncertain.measurements[0], wide, uncertain.measurements[2]))
+    assert choose([FP32, uncertain, steady, slow], Fastest(), NAMES).record is steady
+
+
 def test_within_the_bands_nothing_that_reads_slower_than_the_uncompressed_model() -> None:
     slower = trial(1, 0.981, 1.03, 1000, precision="bf16", compressed=False)
     assert not FP32.value("latency_ratio").clearly_better(slower.value("latency_ratio"))
