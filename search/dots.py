@@ -1,7 +1,7 @@
 """The measured trials as dots of a picture, with roles and the ranges worth showing; draws nothing."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,13 +73,14 @@ def staircase(dots: Iterable[Dot]) -> list[tuple[float, float]]:
     return [(d.x.value, d.y.value) for d in steps]
 
 
-def speed_range(dots: Iterable[Dot]) -> tuple[float, float]:
-    """All of them, with room beside."""
-    xs = [d.x.value for d in dots]
+def speed_range(dots: Sequence[Dot]) -> tuple[float, float]:
+    """All whose quality is shown, with room beside: a ruined candidate is often by far the fastest."""
+    low, high = quality_range(dots)
+    xs = [d.x.value for d in dots if low <= d.y.value <= high]
     return min(xs) / 1.25, max(xs) * 1.25
 
 
-def quality_range(dots: Iterable[Dot]) -> tuple[float, float]:
+def quality_range(dots: Sequence[Dot]) -> tuple[float, float]:
     """Room for what matters and its bands; a ruined candidate must not squeeze the rest into a line."""
     named = [d.y for d in dots if d.role != "other"]
     values = sorted(m.value for m in named)

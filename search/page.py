@@ -60,7 +60,7 @@ class _Scale:
         self.low_y, self.high_y = quality_range(dots)
 
     def x(self, value: float) -> float:
-        share = math.log(value / self.low_x) / math.log(self.high_x / self.low_x)
+        share = math.log(min(max(value, self.low_x), self.high_x) / self.low_x) / math.log(self.high_x / self.low_x)
         return round(self.left + share * (self.width - self.left - self.right), 1)
 
     def y(self, value: float) -> float:

@@ -11,6 +11,7 @@ from rich.console import Console
 from compressors.plan import CompressionPlan, LayerSpec, Step, Target
 from evaluators.measurement import Measurement, Metric, exact
 from evaluators.parameters import Parameters
+from search.dots import dots_of, speed_range
 from search.heatmap import layers_png
 from search.page import pareto_html
 from search.report import draw
@@ -126,6 +127,12 @@ def test_everything_is_drawn_and_not_blank(tmp_path: Path) -> None:
         assert np.std(imread(path)) > 0.05
     assert imread(paths[0]).shape[:2] == (800, 1200)
     assert [row["trial"] for row in json.loads(paths[3].read_text())] == [0, 2, 3]
+
+
+def test_what_is_ruined_does_not_squeeze_the_rest() -> None:
+    ruined = trial(3, 0.11, 0.002, PRUNE)
+    dots = dots_of([*RECORDS, ruined], [*FRONT, ruined], CHOICE, VIEW)
+    assert speed_range(dots) == pytest.approx((0.25 / 1.25, 1.25))
 
 
 def test_a_study_of_one_trial_can_be_drawn(tmp_path: Path) -> None:
