@@ -84,7 +84,8 @@ class LayerNumbers:
     """What a numeric compressor decided for one layer, to be placed by each runtime in its own graph.
 
     With `values` (int8 tensor in the weight's shape) and `scales` (`(out, groups)`; weight = value * scale, where group
-    g covers `group_size` consecutive inputs of a row, or None all of them) the weights are stored as given. At 8 bits
+    g covers `group_size` consecutive inputs of a row, or None all of them) the weights are stored as given; `offsets`
+    (`(out, groups)`, where no activation is rounded by calibrated ranges) are added to them. At 8 bits
     without a `group_size`, where the runtime has a kernel, the activations are rounded too, by its own calibrated
     quantizer, and without `values` the weights as well; all else is computed in the rest precision, but that kernels
     for weights alone round their inputs to 8 bits as they come. With a `codebook`
@@ -100,6 +101,7 @@ class LayerNumbers:
     values: Tensor | None = None
     scales: Tensor | None = None
     group_size: int | None = None
+    offsets: Tensor | None = None
     codebook: Tensor | None = None
     shift: Tensor | None = None
     calibration: str = "minmax"

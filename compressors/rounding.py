@@ -39,16 +39,54 @@ def closest_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
     return chosen
 
 
+def widest_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets `(out, in / group_size)`: a group's weights lie between the least and the largest integer."""
+    groups = _groups(weight, group_size)
+    return _between(groups.amin(-1), groups.amax(-1), bits)
+
+
+def closest_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """As `widest_grid`, clipped alike at both ends where the squared error of a group's weights is least."""
+    groups = _groups(weight, group_size)
+    middle, half = (groups.amax(-1) + groups.amin(-1)) / 2, (groups.amax(-1) - groups.amin(-1)) / 2
+    scales, offsets = widest_grid(weight, bits, group_size)
+    best = _lost(groups, scales, offsets, bits)
+    for clip in CLIPS[:-1]:
+        clipped = _between(middle - clip * half, middle + clip * half, bits)
+        lost = _lost(groups, *clipped, bits)
+        # What was rounded before loses nothing unclipped, and only rounding errors could find it better clipped.
+        better = lost < 0.999 * best
+        scales, offsets = (torch.where(better, new, old) for new, old in zip(clipped, (scales, offsets), strict=True))
+        best = torch.where(better, lost, best)
+    return scales, offsets
+
+
+def _lost(groups: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
+    steps, zeros = scales[..., None], offsets[..., None]
+    return (_nearest(groups - zeros, steps, bits) * steps + zeros - groups).square().sum(-1)
+
+
+def _between(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    least, most = limits(bits)
+    scales = torch.where(high > low, (high - low) / (most - least), 1.0)
+    return scales, low - least * scales
+
+
 def nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Int8 values `(out, in)` next to a weight `(out, in)`, given scales `(out, groups)`."""
     groups = _groups(weight, weight.shape[1] // scales.shape[1])
     return _nearest(groups, scales[..., None], bits).flatten(1).to(torch.int8)
 
 
-def dequantize(values: Tensor, scales: Tensor) -> Tensor:
-    """The float weight `(out, in)` that `values` `(out, in)` and `scales` `(out, groups)` stand for."""
-    groups = values.float().reshape(*scales.shape, -1)
-    return (groups * scales[..., None]).flatten(1)
+def dequantize(values: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The float weight `(out, in)` that `values` `(out, in)`, `scales` and `offsets` `(out, groups)` stand for."""
+    groups = values.float().reshape(*scales.shape, -1) * scales[..., None]
+    return (groups if offsets is None else groups + offsets[..., None]).flatten(1)
+
+
+def less_offsets(weight: Tensor, offsets: Tensor) -> Tensor:
+    """What scales are to hold of a weight `(out, in)`, given offsets `(out, groups)`."""
+    return (weight.detach().float().reshape(*offsets.shape, -1) - offsets[..., None]).flatten(1)
 
 
 def gptq(weight: Tensor, scales: Tensor, bits: int, inputs: Tensor) -> Tensor:

@@ -367,7 +367,9 @@ def _scaled(numbers: LayerNumbers, factors: Floats | None, layer: str) -> LayerN
     given = torch.from_numpy(factors)
     signs = given.sign().to(torch.int8).reshape(-1, *[1] * (numbers.values.dim() - 1))
     scales = numbers.scales * given.abs()[:, None]
-    return replace(numbers, values=numbers.values * signs, scales=torch.where(scales > 0, scales, numbers.scales))
+    scales = torch.where(scales > 0, scales, numbers.scales)
+    offsets = None if numbers.offsets is None else numbers.offsets * given[:, None]
+    return replace(numbers, values=numbers.values * signs, scales=scales, offsets=offsets)
 
 
 def _shift(shift: Tensor, factors: Floats | None, places: int) -> Floats:

@@ -325,18 +325,43 @@ def _in_order(needed: Iterable[str], makers: Mapping[str, onnx.NodeProto]) -> It
 def _place_grouped(model: onnx.ModelProto, numbers: Mapping[str, LayerNumbers]) -> onnx.ModelProto:
     constants = {tensor.name for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    weights = list(model.graph.initializer)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.name not in numbers:
             nodes.append(node)
             continue
-        multiply, tensors = _packed(node, numbers[node.name])
-        nodes.append(multiply)
-        weights.extend(tensors)
-        if len(node.input) == 3 and node.input[2] in constants:
-            multiply.output[0] += ".without_bias"
-            nodes.append(helper.make_node("Add", [multiply.output[0], node.input[2]], node.output, f"{node.name}.bias"))
-    return _assemble(model, nodes, weights)
+        given = numbers[node.name]
+        multiply, tensors = _packed(node, given)
+        shifted, of_offsets = _offset(node, given)
+        weights |= {tensor.name: tensor for tensor in (*tensors, *of_offsets)}
+        terms = [*(made.output[0] for made in shifted[-1:]), *(name for name in node.input[2:] if name in constants)]
+        sums = [*(f"{node.name}.sum_{i}" for i in range(len(terms))), node.output[0]]
+        multiply.output[0] = sums[0]
+        nodes += [multiply, *shifted]
+        for i, term in enumerate(terms):
+            nodes.append(helper.make_node("Add", [sums[i], term], [sums[i + 1]], f"{node.name}.add_{i}"))
+    return _assemble(model, nodes, weights.values())
+
+
+def _offset(node: onnx.NodeProto, numbers: LayerNumbers) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """What a weight's offsets add, for which the operator takes whole numbers only, or is ten times slower.
+
+    Inputs are summed by groups, once for all layers that are given the same.
+    """
+    if numbers.offsets is None or numbers.values is None:
+        return [], []
+    width, groups = numbers.values.shape[1], numbers.offsets.shape[1]
+    sums = f"{node.input[0]}.sums_of_{groups}"
+    ones = np.repeat(np.eye(groups, dtype=np.float32), width // groups, axis=0)
+    offsets = np.ascontiguousarray(numbers.offsets.numpy().astype(np.float32).T)
+    tensors = [
+        numpy_helper.from_array(ones, f"groups.{width}.{groups}"),
+        numpy_helper.from_array(offsets, f"{node.name}.offsets"),
+    ]
+    return [
+        helper.make_node("MatMul", [node.input[0], tensors[0].name], [sums], sums),
+        helper.make_node("MatMul", [sums, tensors[1].name], [f"{node.name}.offset"], f"{node.name}.offset"),
+    ], tensors
 
 
 def _packed(node: onnx.NodeProto, numbers: LayerNumbers) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:

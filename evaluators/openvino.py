@@ -309,9 +309,13 @@ def _decompressed(numbers: LayerNumbers, name: str) -> Any:
     kind = ov.Type.i4 if numbers.bits == 4 else ov.Type.i8
     tensor = ov.Tensor(kind, ov.Shape(values.shape))  # owns its memory: one made from an array would borrow it
     tensor.data[:] = _pack(values) if numbers.bits == 4 else values
-    constant = opset13.constant(tensor)
-    scales = opset13.constant(numbers.scales.numpy().astype(np.float32)[..., None])
-    weight = opset13.multiply(opset13.convert(constant, "f32"), scales)
+    weight = opset13.convert(opset13.constant(tensor), "f32")
+    scales = numbers.scales.numpy().astype(np.float32)[..., None]
+    if numbers.offsets is not None:
+        # As a zero point, because the plugin does not know compressed weights by anything else.
+        zeros = -numbers.offsets.numpy().astype(np.float32)[..., None] / scales
+        weight = opset13.subtract(weight, opset13.constant(zeros))
+    weight = opset13.multiply(weight, opset13.constant(scales))
     flat = opset13.constant(np.array([rows, values[0].size], np.int64))
     return opset13.reshape(weight, flat, special_zero=False)
 

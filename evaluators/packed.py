@@ -22,10 +22,10 @@ WIDTHS = range(1, 9)
 
 @dataclass(frozen=True)
 class Packed:
-    """The weight `table[codes]`, of which rows and groups within them are multiplied with `scales` `(out, groups)`.
+    """The weight `table[codes]`, of which groups within rows are multiplied with `scales` and moved by `offsets`.
 
-    `codes` has an entry for each of the weight, below `2 ** bits`; `shape` is torch's. Layers that share a weight have
-    the `name` of its owner in common, so that it is stored once.
+    Both are `(out, groups)`. `codes` has an entry for each of the weight, below `2 ** bits`; `shape` is torch's. Layers
+    that share a weight have the `name` of its owner in common, so that it is stored once.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Packed:
     table: Floats
     scales: Floats | None
     shape: tuple[int, ...]
+    offsets: Floats | None = None
 
 
 def packed(name: str, numbers: LayerNumbers, factors: Floats | None = None) -> Packed:
@@ -42,6 +43,7 @@ def packed(name: str, numbers: LayerNumbers, factors: Floats | None = None) -> P
         raise ValueError(f"{name}: there is nothing to store without values")
     values, bits = numbers.values.numpy(), numbers.bits
     scales = None if numbers.scales is None else numbers.scales.numpy().astype(np.float32)
+    offsets = None if numbers.offsets is None else numbers.offsets.numpy().astype(np.float32)
     if numbers.codebook is None:
         least = -(2 ** (bits - 1))
         table = np.arange(least, -least, dtype=np.float32)
@@ -50,7 +52,8 @@ def packed(name: str, numbers: LayerNumbers, factors: Floats | None = None) -> P
         table, codes = numbers.codebook.numpy().astype(np.float32), values.astype(np.uint8)
     if factors is not None:
         scales = factors[:, None] * (np.float32(1) if scales is None else scales)
-    return Packed(name, bits, codes.reshape(-1), table, scales, values.shape)
+        offsets = None if offsets is None else factors[:, None] * offsets
+    return Packed(name, bits, codes.reshape(-1), table, scales, values.shape, offsets)
 
 
 def word(bits: int) -> tuple[int, int]:

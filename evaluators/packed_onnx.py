@@ -39,6 +39,8 @@ def _unpack(writer: "_Writer", weight: Packed) -> str:
     if weight.scales is not None:
         grouped = writer.node("Reshape", values, writer.constant(np.array([*weight.scales.shape, -1])))
         values = writer.node("Mul", grouped, writer.constant(weight.scales[..., None]))
+        if weight.offsets is not None:
+            values = writer.node("Add", values, writer.constant(weight.offsets[..., None]))
     return writer.node("Reshape", values, writer.constant(np.array(weight.shape)))
 
 

@@ -20,6 +20,8 @@ def unpacked(weight: Packed) -> Any:
     if weight.scales is not None:
         grouped = reshaped(values, (*weight.scales.shape, -1))
         values = opset13.multiply(grouped, opset13.constant(weight.scales[..., None]))
+        if weight.offsets is not None:
+            values = opset13.add(values, opset13.constant(weight.offsets[..., None]))
     return reshaped(values, weight.shape)
 
 

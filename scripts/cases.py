@@ -29,7 +29,7 @@ from search.trial import Clock, TrialRecord
 from search.view import describe, quality_text
 
 ROOT = Path(__file__).parents[1]
-CASES = ("resnet50", "mobilenet_v3", "gpt")
+CASES = ("resnet50", "mobilenet_v3", "gpt", "smollm2")
 UNCOMPRESSED, UNIFORM, CHAMPION, SMALLEST = (*("uncompressed", "uniform int8", "champion", "smallest within 1 point"),)
 HEADINGS = (
     *("version", "quality on validation", "quality on test", "latency, of ONNX Runtime fp32", "faster than torch"),

@@ -8,7 +8,7 @@ from typing import Any
 from evaluators.measurement import Measurement
 from search.select import Choice
 from search.trial import TrialRecord
-from search.view import View, describe, optional
+from search.view import View, describe, not_ruined, optional
 
 BLUE, ORANGE, RED, GREY = "#1f5fa8", "#e07b00", "#c8102e", "#9aa3ad"
 ROLES = {
@@ -82,10 +82,7 @@ def speed_range(dots: Sequence[Dot]) -> tuple[float, float]:
 
 def quality_range(dots: Sequence[Dot]) -> tuple[float, float]:
     """Room for what matters and its bands; a ruined candidate must not squeeze the rest into a line."""
-    named = [d.y for d in dots if d.role != "other"]
-    values = sorted(m.value for m in named)
-    top, middle = values[-1], values[len(values) // 2]
-    near = [m for m in named if m.value >= top - max(0.05, 6 * (top - middle))]
+    near = not_ruined([d.y for d in dots if d.role != "other"])
     low, high = min(m.interval[0] for m in near), max(m.interval[1] for m in near)
     room = 0.06 * (high - low) or 0.01
     return low - room, high + room

@@ -8,7 +8,7 @@ from evaluators.measurement import Measurement
 from search.study import Progress
 from search.training import TrainingProgress
 from search.trial import TrialRecord
-from search.view import View, optional, quality_text
+from search.view import View, not_ruined, optional, quality_text
 
 
 class ProgressView:
@@ -68,11 +68,13 @@ class ProgressView:
         return " | ".join(filter(None, parts))
 
     def _best(self, progress: Progress) -> str:
-        """The best quality on the front, and the fastest of it."""
+        """The best quality on the front, and the fastest of it that is not ruined."""
         if not progress.front:
             return ""
-        best = max((r.value(self._shown.quality) for r in progress.front), key=lambda m: m.value)
-        speeds = [s for r in progress.front if (s := optional(r, self._shown.speed))]
+        near = not_ruined([r.value(self._shown.quality) for r in progress.front])
+        best = max(near, key=lambda m: m.value)
+        useful = [r for r in progress.front if r.value(self._shown.quality) in near]
+        speeds = [s for r in useful if (s := optional(r, self._shown.speed))]
         fastest = f", fastest {1 / min(s.value for s in speeds):.2f}x" if speeds else ""
         return f"best {self._shown.quality} {_short(best)}{fastest}"
 

@@ -9,7 +9,7 @@ from evaluators.measurement import Measurement
 from search.pareto import differ
 from search.select import Choice, baselines
 from search.trial import TrialRecord
-from search.view import View, describe, optional, quality_text, scaled
+from search.view import View, describe, not_ruined, optional, quality_text, scaled
 
 # Sizes are exact, but few people care about 5 % either way.
 SIZE_BAND = 1.05
@@ -21,7 +21,7 @@ def front_table(
     choice: Choice,
     view: View,
 ) -> Table:
-    """Champion, baselines and what of the front can be told apart, fastest first."""
+    """Champion, baselines and what of the front is not ruined and can be told apart, fastest first."""
     table = Table(title="the front (★ champion, ○ uncompressed)", title_justify="left", caption_justify="left")
     counts = ["parameters"] if optional(choice.record, view.parameters) else []
     ratio = view.speed.replace("_", " ")
@@ -29,13 +29,15 @@ def front_table(
         table.add_column(
             heading, justify="left" if heading == "what was done" else "right", no_wrap=heading != "what was done"
         )
-    shown = _told_apart(front, choice, view)
+    near = not_ruined([r.value(view.quality) for r in (*front, choice.record)])
+    useful = [r for r in front if r.value(view.quality) in near]
+    shown = _told_apart(useful, choice, view)
     rows = {r.number: r for r in (*shown, *baselines(records), choice.record)}
     on_front = {r.number for r in front}
     for record in sorted(rows.values(), key=lambda r: r.value(view.speed).value):
         style = "bold" if record.number == choice.record.number else "" if record.number in on_front else "dim"
         table.add_row(*_cells(record, choice, view), style=style)
-    table.caption = "\n".join(_left_out(records, len(front) - len(shown)))
+    table.caption = "\n".join(_left_out(records, len(useful) - len(shown), len(front) - len(useful)))
     return table
 
 
@@ -59,9 +61,11 @@ def _size(record: TrialRecord, view: View) -> float:
     return size.value if size else 0.0
 
 
-def _left_out(records: Sequence[TrialRecord], alike: int) -> Iterator[str]:
+def _left_out(records: Sequence[TrialRecord], alike: int, ruined: int) -> Iterator[str]:
     if alike:
         yield f"{alike} more of the front are within the bands of these, see report.json"
+    if ruined:
+        yield f"{ruined} more of the front lost far more than these, see report.json"
     stopped = sum(r.stopped is not None for r in records)
     if stopped:
         yield f"{stopped} of {len(records)} trials were stopped early, out of reach of the front"

@@ -1,7 +1,7 @@
 """Which metrics people see of a trial, and how it is put in a few words; draws nothing."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressors.plan import Settings
@@ -48,6 +48,13 @@ def _step(method: str, shared: Settings, achieved: Mapping[str, Settings]) -> st
     if replaced:
         return f"{method} {replaced} layer{'s' * (replaced > 1)}"
     return f"{method} {shared['epochs']} epochs" if "epochs" in shared else method
+
+
+def not_ruined(qualities: Sequence[Measurement]) -> list[Measurement]:
+    """Those of a front that are not far below the best, where many lie near it; all, where the front is a wide one."""
+    values = sorted(m.value for m in qualities)
+    top, middle = values[-1], values[len(values) // 2]
+    return [m for m in qualities if m.value >= top - max(0.05, 6 * (top - middle))]
 
 
 def quality_text(measurement: Measurement) -> str:

@@ -88,10 +88,18 @@ NUMBERS = Applied(
     {"head": {"bits": 4, "relative_error": 0.1}},
     {
         "head": LayerNumbers(4, VALUES, torch.tensor([[0.1], [0.2]]), 8),
-        "twin": LayerNumbers(4, VALUES, torch.ones(2, 2), 4),
+        "twin": LayerNumbers(4, VALUES, torch.ones(2, 2), 4, torch.zeros(2, 2)),
         "plain": LayerNumbers(8),
         "table": LayerNumbers(8, VALUES.to(torch.uint8), codebook=torch.linspace(-1, 1, 200)),
-        "fitted": LayerNumbers(8, VALUES, torch.ones(2, 1), None, None, torch.ones(2), "mse", True, True),
+        "fitted": LayerNumbers(
+            8,
+            VALUES,
+            torch.ones(2, 1),
+            shift=torch.ones(2),
+            calibration="mse",
+            per_channel=True,
+            symmetric=True,
+        ),
     },
 )
 

@@ -14,6 +14,7 @@ from compressors.layers import read_layers
 from compressors.pipeline import Artifact, LayerNumbers
 from compressors.plan import CompressionPlan, Target
 from compressors.replace import put
+from compressors.rounding import closest_grid, less_offsets, nearest
 from evaluators.export import calibration_arrays, check_parity, export, layer_nodes, once, wanted
 from evaluators.runtime import CODEBOOK, Array, Support
 from tests.context import quantize_groups
@@ -267,6 +268,20 @@ def test_scales_take_what_a_batch_norm_does_to_a_channel(tmp_path: Path) -> None
     assert (placed.scales > 0).all()
     torch.testing.assert_close(placed.scales[2:, 0], scales[2:, 0] * factors[2:])
     torch.testing.assert_close(torch.from_numpy(shift), factors.reshape(-1, 1, 1))
+
+
+def test_offsets_take_it_too(tmp_path: Path) -> None:
+    model = build("plain")
+    model.get_submodule("a.1").get_parameter("weight").data.fill_(0.5)
+    weight = model.get_parameter("a.0.weight").detach()
+    scales, offsets = closest_grid(weight.flatten(1), 3, 27)
+    values = nearest(less_offsets(weight.flatten(1), offsets), scales, 3).reshape(weight.shape)
+    numbers = LayerNumbers(3, values, scales, 27, offsets)
+    graph = onnx.load(export(artifact(model), (images(),), tmp_path))
+    (stored,) = wanted(artifact(model, {"a.0": numbers}), graph, "any", lambda *_: Support.STORAGE).packed.values()
+    factors = 0.5 / (model.get_submodule("a.1").get_buffer("running_var").numpy() + 1e-5) ** 0.5
+    assert stored.offsets is not None
+    np.testing.assert_allclose(stored.offsets, offsets.numpy() * factors[:, None], rtol=1e-4)
 
 
 def test_layers_of_one_graph_have_one_recipe(tmp_path: Path) -> None:

@@ -84,13 +84,15 @@ def clustered(weight: Tensor, bits: int, seed: int = 0) -> tuple[LayerNumbers, T
 
 
 def integers(weight: Tensor, bits: int, groups: int = 1) -> tuple[LayerNumbers, Tensor]:
-    """Any integers with any scales, and the weight that they stand for."""
+    """Any integers with any scales, several of them with offsets, and the weight that they stand for."""
     generator = torch.Generator().manual_seed(bits)
     shape, half = (len(weight), groups, weight[0].numel() // groups), 2 ** (bits - 1)
     rows = torch.randint(-half, half, shape, generator=generator)
     scales = (torch.rand(len(weight), groups, generator=generator) + 0.5) * weight.detach().std() / half
-    stood_for = (rows * scales[..., None]).reshape(weight.shape)
-    return LayerNumbers(bits, rows.reshape(weight.shape).to(torch.int8), scales, rows.shape[2]), stood_for
+    offsets = torch.randn(len(weight), groups, generator=generator) * weight.detach().std() if groups > 1 else None
+    stood_for = rows * scales[..., None] + (0 if offsets is None else offsets[..., None])
+    numbers = LayerNumbers(bits, rows.reshape(weight.shape).to(torch.int8), scales, rows.shape[2], offsets)
+    return numbers, stood_for.reshape(weight.shape)
 
 
 def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -50,10 +50,15 @@ def test_a_log_has_one_line_for_each_trial_and_none_for_its_phases() -> None:
 
 
 def test_a_line_says_how_many_how_good_and_how_long() -> None:
-    (line,) = shown(progress(record(0, 0.98, 1.0), record(3, 0.9, 0.25)))
+    (line,) = shown(progress(record(0, 0.98, 1.0), record(3, 0.96, 0.25)))
     assert line == (
-        "trials 2/10 | front 2 | best accuracy 98.0 %, fastest 4.00x | left 4:00 | trial 3: accuracy 90.0 %, 4.00x"
+        "trials 2/10 | front 2 | best accuracy 98.0 %, fastest 4.00x | left 4:00 | trial 3: accuracy 96.0 %, 4.00x"
     )
+
+
+def test_what_is_ruined_is_not_called_the_fastest() -> None:
+    (line,) = shown(progress(record(0, 0.98, 1.0), record(1, 0.98, 0.5), record(3, 0.1, 0.25)))
+    assert "front 3 | best accuracy 98.0 %, fastest 2.00x |" in line
 
 
 def test_an_infeasible_trial_says_why() -> None:

@@ -104,6 +104,34 @@ def test_plans_that_name_nothing_mean_what_they_meant() -> None:
     assert applied.numbers["down"] == LayerNumbers(8)
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("layer", "bits"), [("up", 4), ("up", 3), ("query", 2)])
+def test_offsets_lose_less_of_weights_that_lie_to_one_side(layer: str, bits: int, rounding: str) -> None:
+    model = build("attention")
+    weight = model.get_parameter(f"{layer}.weight").data
+    weight.abs_()
+    plain, shifted = (quantize(model, {layer: bits}, rounding=rounding, asymmetric=a) for a in (False, True))
+    off = [float(applied.achieved[layer]["relative_error"]) for applied in (plain, shifted)]
+    assert off[1] < 0.7 * off[0]
+    numbers = shifted.numbers[layer]
+    assert plain.numbers[layer].offsets is None
+    assert numbers.values is not None
+    assert numbers.scales is not None
+    assert numbers.offsets is not None
+    assert numbers.offsets.shape == numbers.scales.shape
+    error = (dequantize(numbers.values, numbers.scales, numbers.offsets) - weight).norm() / weight.norm()
+    assert float(error) == pytest.approx(off[1])
+    fisher = diagonal_fisher(model, make_context(model).calibration(), examples=16)
+    questions = [(layer, {"bits": bits, "group_size": 32, "asymmetric": a}) for a in (False, True)]
+    without, with_offsets = (e.loss for e in Quantize().effects(model, (images(),), questions, fisher))
+    assert with_offsets < 0.7 * without, "predicted as well"
+
+
+def test_8_bits_have_no_offsets() -> None:
+    for settings in ({"rounding": "mse"}, {"weights_alone": True}):
+        assert quantize(build("attention"), {"up": 8}, asymmetric=True, **settings).numbers["up"].offsets is None
+
+
 @pytest.mark.parametrize(("layer", "bits"), [("up", 4), ("up", 8), ("query", 8)])
 def test_the_mean_error_of_the_output_goes_into_the_bias(layer: str, bits: int) -> None:
     """On data like that which was looked at; the weights are clipped, so that there is an error to speak of."""

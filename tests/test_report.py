@@ -71,11 +71,24 @@ def test_the_table_shows_front_baseline_and_champion_fastest_first() -> None:
     console = Console(width=200, record=True)
     console.print(front_table(RECORDS, FRONT, CHOICE, VIEW))
     rows = [line for line in console.export_text().splitlines() if line.startswith("│")]
-    assert [row.split()[1:3] for row in rows] == [["3", "│"], ["★", "2"], ["○", "0"]]
-    assert "97.5 % [96.5, 98.5]" in rows[1]
-    assert "4.00x" in rows[1]
-    assert "375.0 kB" in rows[1]
-    assert "1.50 MB" in rows[2]
+    assert [row.split()[1:3] for row in rows] == [["★", "2"], ["○", "0"]]
+    assert "97.5 % [96.5, 98.5]" in rows[0]
+    assert "4.00x" in rows[0]
+    assert "375.0 kB" in rows[0]
+    assert "1.50 MB" in rows[1]
+
+
+def test_what_is_ruined_is_told_of_and_not_shown() -> None:
+    said = "1 more of the front lost far more than these, see report.json"
+    for front, lines in ((FRONT, 1), ([BASE, BEST], 0)):
+        console = Console(width=200, record=True)
+        console.print(front_table(RECORDS, front, CHOICE, VIEW))
+        text = console.export_text()
+        assert text.count(said) == lines
+        assert "11.0 %" not in text
+    steps = [trial(n, 0.98 - 0.1 * n, 1 / (n + 1), PRUNE) for n in range(6)]
+    console.print(front_table(steps, steps, replace(CHOICE, record=steps[0]), VIEW))
+    assert "48.0 %" in console.export_text(), "a front that loses step by step is shown whole"
 
 
 def test_parameters_have_a_column_where_they_were_counted() -> None:
@@ -101,7 +114,7 @@ def test_of_versions_that_are_alike_the_table_shows_the_champion_or_the_smallest
     console.print(front_table(RECORDS, [*FRONT, twin, small, smaller], CHOICE, VIEW))
     text = console.export_text()
     shown = [row.strip("│ ★○").split()[0] for row in text.splitlines() if row.startswith("│")]
-    assert sorted(shown) == ["0", "2", "3", "7"], "5 is like the champion; 6 is like 7, which is smaller"
+    assert sorted(shown) == ["0", "2", "7"], "5 is like the champion; 6 is like 7, which is smaller"
     assert "2 more of the front are within the bands of these, see report.json" in text
 
 

@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.rounding import (
+    closest_grid,
     closest_scales,
     dequantize,
     descended,
     gptq,
+    less_offsets,
     limits,
     nearest,
     output_error,
+    widest_grid,
     widest_scales,
 )
 from tests.context import quantize_groups
@@ -85,6 +88,47 @@ def test_numbers_on_the_grid_come_back_exactly() -> None:
     values[:, 0] = 7
     back = dequantize(*quantize_groups(values * 0.25, 4, 32))
     assert torch.equal(back, values * 0.25)
+
+
+Grid = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def on_grid(weight: Tensor, grid: Grid, bits: int, group_size: int) -> Tensor:
+    """What is left of a weight whose groups have scales and offsets."""
+    scales, offsets = grid(weight, bits, group_size)
+    assert scales.shape == offsets.shape == (len(weight), weight.shape[1] // group_size)
+    return dequantize(nearest(less_offsets(weight, offsets), scales, bits), scales, offsets)
+
+
+@settings(deadline=None)  # the first call of an operation is slow on a busy machine
+@given(st.integers(0, 999), st.sampled_from([2, 3, 4]), st.sampled_from([0.0, 3.0, -50.0]))
+def test_with_an_offset_all_steps_are_used_wherever_a_group_lies(seed: int, bits: int, middle: float) -> None:
+    weight = weights(seed) + middle
+    groups = weight.reshape(4, 2, 32)
+    step = (groups.amax(2) - groups.amin(2)) / (2**bits - 1)
+    error = (on_grid(weight, widest_grid, bits, 32) - weight).reshape(4, 2, 32).abs()
+    assert (error <= 0.501 * step[..., None] + 1e-6 * abs(middle)).all()
+    assert on_grid(weight, closest_grid, bits, 32).sub(weight).norm() <= error.norm() * (1 + 1e-5)
+
+
+def test_clipping_both_ends_gains_on_long_rows() -> None:
+    weight = dense(4, 4096) + 1
+    unclipped = (on_grid(weight, widest_grid, 4, 4096) - weight).norm()
+    assert (on_grid(weight, closest_grid, 4, 4096) - weight).norm() < 0.9 * unclipped
+
+
+@pytest.mark.parametrize("grid", [widest_grid, closest_grid])
+def test_what_had_scales_and_offsets_before_comes_back(grid: Grid) -> None:
+    codes = torch.randint(16, (3, 2, 32), generator=torch.Generator().manual_seed(0)).float()
+    codes[..., 0], codes[..., 1] = 0, 15
+    weight = (codes * torch.tensor([0.25, 0.03])[:, None] - torch.tensor([0.7, 0.11])[:, None]).flatten(1)
+    torch.testing.assert_close(on_grid(weight, grid, 4, 32), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [widest_grid, closest_grid])
+def test_a_group_of_one_number_stays_that_number(grid: Grid) -> None:
+    for number in (0.0, 0.3, -7.0):
+        torch.testing.assert_close(on_grid(torch.full((2, 32), number), grid, 4, 16), torch.full((2, 32), number))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -206,6 +208,34 @@ def test_4_bit_groups_have_their_own_scales(tied: Bench, group_size: int) -> Non
     numbers["flat"], value = round_to_int4(tied.model.get_parameter("flat.weight"), group_size)
     rounded.get_parameter("flat.weight").data.copy_(value)
     assert error(output(tied.deploy(numbers)), torch_output(rounded)) < INT4_TOLERANCE
+
+
+@pytest.mark.parametrize("group_size", [16, None])
+def test_4_bit_groups_have_their_own_offsets(bench: Bench, group_size: int | None) -> None:
+    needs(bench, 4)
+    if group_size and any(layer.weight_shape[1] % group_size for layer in bench.layers if layer.kind == "linear"):
+        pytest.skip("has rows that such groups do not divide")
+    numbers, rounded = int4(bench, group_size)
+    shifted: dict[int, LayerNumbers] = {}
+    for name, given in numbers.items():
+        weight = rounded.get_submodule(name).get_parameter("weight").data
+        if weight.data_ptr() not in shifted and given.scales is not None:
+            offsets = torch.linspace(-1, 1, given.scales.numel()).reshape(given.scales.shape) * weight.std()
+            weight.add_(offsets.repeat_interleave(weight.shape[1] // offsets.shape[1], 1))
+            shifted[weight.data_ptr()] = replace(given, offsets=offsets)
+        numbers[name] = shifted[weight.data_ptr()]
+    deployed = bench.deploy(numbers)
+    assert error(output(deployed), torch_output(rounded)) < INT4_TOLERANCE
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_offsets_leave_the_kernels_for_4_bits_in_place(runtime: str, benches: dict[tuple[str, str], Bench]) -> None:
+    bench = benches[runtime, "attention"]
+    needs(bench, 4)
+    numbers = int4(bench)[0]
+    shifted = {name: replace(given, offsets=given.scales) for name, given in numbers.items()}
+    plain, with_offsets = (Counter(bench.runtime.kernels(bench.deploy(some)).values()) for some in (numbers, shifted))
+    assert plain <= with_offsets
 
 
 def test_fewer_bits_make_a_smaller_file(tied: Bench) -> None:

@@ -1,6 +1,6 @@
 """How many times the trials an hour two workers manage of what one on one core does, and whether they time the same.
 
-    .venv/bin/python -m tests.cluster.throughput --folder FOLDER --trials 40 --seeds 2
+    .venv/bin/python -m tests.cluster.throughput --folder FOLDER --trials 40 --seeds 0 1
 
 Real searches of the digits network, with training in most trials, on two cores on which nothing else runs. Both carry
 out the same trials, and neither finds anything done but the training of the uncompressed network.
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     wanted = parser.parse_args()
     wanted.folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -39,7 +39,7 @@ def main() -> None:
     alone = statistics.mean(training([core]) for core in cores)
     print(json.dumps({"steps of training alone, two processes over one": round(training(cores) / alone, 3)}))
     gains, both, overlapping = [], 0, 0
-    for seed in range(wanted.seeds):
+    for seed in wanted.seeds:
         # So that no search spends time on the network.
         search(wanted.folder, f"network-{seed}", 1, seed, trials=1)
         found = []
