@@ -168,10 +168,18 @@ def harmless(cuts: Sequence[Cut], model: nn.Module, example: tuple[Tensor, ...])
 @torch.no_grad()
 def _silence(model: nn.Module, cuts: Iterable[Cut]) -> None:
     """Make every reader of the channels ignore them."""
+    for layer, channels in lost_inputs(cuts).items():
+        model.get_parameter(f"{layer}.weight")[:, sorted(channels)] = 0
+
+
+def lost_inputs(cuts: Iterable[Cut]) -> dict[str, set[int]]:
+    """Reader of the channels -> its inputs that go."""
+    lost: dict[str, set[int]] = defaultdict(set)
     for group, removed in cuts:
         for edit in group.edits:
             if edit.consumes:
-                model.get_parameter(f"{edit.layer}.weight")[:, edit.channels(removed)] = 0
+                lost[edit.layer].update(edit.channels(removed))
+    return lost
 
 
 def remove_channels(model: nn.Module, cuts: Iterable[Cut]) -> None:

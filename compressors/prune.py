@@ -7,11 +7,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressors.channels import MAGNITUDES, Cut, Group, harmless, removable, remove_channels, trace
+from compressors.channels import (
+    MAGNITUDES,
+    Cut,
+    Group,
+    harmless,
+    lost_inputs,
+    removable,
+    remove_channels,
+    trace,
+)
 from compressors.errors import Infeasible
 from compressors.fisher import Effect, Fisher, Question, diagonal_fisher
 from compressors.pipeline import Applied, Context, Stage
 from compressors.plan import Scalar, Settings, Step, digest
+from compressors.reconstruction import reconstruct
 from compressors.replace import one_thread
 from compressors.sparsity import asked_sparsity, halved
 
@@ -42,6 +52,10 @@ class Prune:
 
     With the `allocation` global, the groups that a plan names lose together as many channels as their shares come to,
     but the weakest of all, wherever they are: with 0.5 for the whole model, those below its median.
+
+    With `reconstruct`, the layers that read the channels first take what those that stay say of those that go into
+    their weights, see `compressors.reconstruction`. It helps wherever channels say much the same, and most where little
+    or no training follows.
     """
 
     method: ClassVar[str] = "prune"
@@ -56,7 +70,8 @@ class Prune:
     def apply(self, model: nn.Module, step: Step, context: Context, seed: int) -> Applied:
         """`sparsity` per group is the share of channels to remove, `align` the multiple that widths are rounded to.
 
-        `criterion` is one of `CRITERIA`, `allocation` one of `ALLOCATIONS`; without them, the first.
+        `criterion` is one of `CRITERIA`, `allocation` one of `ALLOCATIONS`; without them, the first. `reconstruct` is
+        true or false.
         """
         ask = _Ask.read(step.shared)
         shares = {owner: asked_sparsity("prune", owner, settings) for owner, settings in step.per_layer.items()}
@@ -71,6 +86,9 @@ class Prune:
         kept = {owner: group.width for owner, group in groups.items()} | _kept(ask, asked, deciding, used)
         cuts = [(groups[owner], _weakest(scores[owner], kept[owner])) for owner in asked]
         _check([cut for cut in cuts if cut[1]], model, context.example)
+        if ask.reconstruct:
+            with one_thread():
+                reconstruct(model, lost_inputs(cuts), context, seed)
         remove_channels(model, cuts)
         achieved: dict[str, Settings] = {}
         for owner, channels in kept.items():
@@ -127,13 +145,18 @@ class _Ask:
     align: int
     criterion: str
     allocation: str
+    reconstruct: bool
 
     @classmethod
     def read(cls, shared: Settings) -> "_Ask":
         align = shared.get("align", 1)
         if not isinstance(align, int) or align < 1:
             raise Infeasible(f"prune.align is {align}: expected a whole number of channels, 1 or more")
-        return cls(align, _one_of("criterion", CRITERIA, shared), _one_of("allocation", ALLOCATIONS, shared))
+        reconstruct = shared.get("reconstruct", False)
+        if not isinstance(reconstruct, bool):
+            raise Infeasible(f"prune.reconstruct is {reconstruct}: expected true or false")
+        criterion, allocation = _one_of("criterion", CRITERIA, shared), _one_of("allocation", ALLOCATIONS, shared)
+        return cls(align, criterion, allocation, reconstruct)
 
 
 def _one_of(key: str, possible: Sequence[str], shared: Settings) -> str:
