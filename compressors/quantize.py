@@ -238,12 +238,12 @@ class _Grid:
             return cls(weight, tensor, parts, None, _one_scale(rows, weight, recipe))
         group_size = None if weight.rounds_inputs else _group_size(weight, rows.shape[1], shared)
         near, size = recipe.rounding_of(weight) == "nearest", group_size or rows.shape[1]
+        offsets: Tensor | None = None
         if recipe.asymmetric and weight.bits < 8:
-            grid = (widest_grid if near else closest_grid)(rows, weight.bits, size)
-            return cls(weight, tensor, parts, group_size, *grid)
-        return cls(
-            weight, tensor, parts, group_size, (widest_scales if near else closest_scales)(rows, weight.bits, size)
-        )
+            scales, offsets = (widest_grid if near else closest_grid)(rows, weight.bits, size)
+        else:
+            scales = (widest_scales if near else closest_scales)(rows, weight.bits, size)
+        return cls(weight, tensor, parts, group_size, scales, offsets)
 
     @property
     def rows(self) -> Tensor:

@@ -1,6 +1,7 @@
 """`python -m search`: the whole program on one screen; with `build.py` the only reader of a DictConfig."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -58,13 +59,18 @@ def guarded(action: Callable[[], None], console: Console) -> int:
     return 0
 
 
+# MLflow tells of several files that it could not copy in an error of its own, which has no number.
+NO_ROOM = ("database or disk is full", "readonly database", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
 def no_room(error: BaseException | None) -> str | None:
     """What an error says of a disk that is full or cannot be written, whatever was raised because of it; or None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return str(error)
-        if "database or disk is full" in str(error) or "readonly database" in str(error):
-            return str(error).splitlines()[0][:200]
+        for line in str(error).splitlines():
+            if any(sign in line for sign in NO_ROOM):
+                return line[:200]
         error = error.__cause__ or error.__context__
     return None
 

@@ -1,6 +1,8 @@
 """The command line: what the user got wrong is one line with a remedy and exit code 2, before any work."""
 
 import contextlib
+import errno
+import io
 import os
 import shutil
 import subprocess
@@ -17,8 +19,10 @@ import safetensors.torch
 import torch
 from optuna.trial import TrialState
 from PIL import Image
+from rich.console import Console
 
 import compareto
+from search.__main__ import guarded
 from search.models import resnet20
 from search.study import Search
 from search.tracking import Tracker
@@ -398,3 +402,23 @@ def test_two_workers_share_a_search_and_one_of_them_concludes(tmp_path: Path) ->
     assert len(set(owners)) == 2
     assert "the front (" not in (tmp_path / "runs/resnet20-digits/worker-2.log").read_text()
     assert not left_running(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), "[Errno 28] No space left on device: 'a.bin'"),
+        (RuntimeError("failures:\n##### File a.bin #####\n[Errno 28] No space left on device: 'a.bin'"), "[Errno 28]"),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full\nmore"), "(sqlite3.OperationalError)"),
+    ],
+)
+def test_a_full_disk_is_one_line(raised: Exception, told: str) -> None:
+    def action() -> None:
+        raise RuntimeError("while it was written") from raised
+
+    console = Console(width=200, file=io.StringIO())
+    assert guarded(action, console) == 2
+    assert isinstance(console.file, io.StringIO)
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith(f"compareto: {told}")
+    assert line.endswith("; make room or choose another folder=DIRECTORY: the same command goes on")
