@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 Scalar = bool | int | float | str
@@ -44,7 +45,7 @@ class Target:
     precision: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CompressionPlan:
     """Everything needed to rebuild a candidate from the uncompressed model; no steps means the model as it came."""
 
@@ -52,7 +53,7 @@ class CompressionPlan:
     steps: tuple[Step, ...] = ()
     seed: int = 0
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Same plan, same digest, on any machine: the cache key, the tracker's tag and the folder name."""
         return digest(asdict(self))

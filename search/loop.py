@@ -26,6 +26,7 @@ from search.runner import Broken, Carrier, Here, Runner
 from search.sampler import EXPECTED, REMAINING, WAITED
 from search.storage import (
     BUDGET,
+    DIGEST,
     OWNER,
     PATIENCE_S,
     PUT_BACK,
@@ -174,7 +175,7 @@ class _Loop:
                 trial, plan, twin = asked
                 in_a_row = in_a_row + 1 if twin else 0
                 if twin is None:
-                    self._one(trial, plan, tried=any(t.user_attrs.get("digest") == plan.digest for t in trials))
+                    self._one(trial, plan, tried=any(t.user_attrs.get(DIGEST) == plan.digest for t in trials))
                 else:
                     self._tell_again(trial, twin)
         return f"space exhausted: {in_a_row} proposals in a row were plans already measured"
@@ -230,7 +231,7 @@ class _Loop:
     def _take_waiting(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """A trial that lacks nothing but what is measured here, signed."""
         for trial in waiting(trials)[:1]:
-            beat(self.study, trial.number)
+            beat(self.study, trial._trial_id)
             Trial(self.study, trial._trial_id).set_user_attr(OWNER, this_process())
             return trial
         return None
@@ -238,7 +239,7 @@ class _Loop:
     def _complete(self, waits: FrozenTrial) -> None:
         """Measure what another machine's worker could not, and tell."""
         clock, trial = Clock(watch=self._show), Trial(self.study, waits._trial_id)
-        digest, run_id = str(waits.user_attrs["digest"]), str(waits.user_attrs[WAITS])
+        digest, run_id = str(waits.user_attrs[DIGEST]), str(waits.user_attrs[WAITS])
         known: list[tuple[TrialRecord, tuple[TensorSpec, ...]]] = []
 
         def begin() -> Draft:
@@ -260,7 +261,7 @@ class _Loop:
 
     def _ask(self, trials: Sequence[FrozenTrial]) -> tuple[Trial, CompressionPlan, FrozenTrial | None]:
         """The next trial, signed, and an earlier one of the same plan; the opening comes before the sampler."""
-        known = {str(t.user_attrs.get("digest")): t for t in reversed(answered(trials))}
+        known = {str(t.user_attrs.get(DIGEST)): t for t in reversed(answered(trials))}
         first = self.opening.next(known, trials)
         if first is not None:
             self.study.enqueue_trial(first)
@@ -269,10 +270,10 @@ class _Loop:
         with quiet(), together(self.study):
             trial = self.study.ask()
             # From the first moment: a trial without any is never missed.
-            beat(self.study, trial.number)
+            beat(self.study, trial._trial_id)
             trial.set_user_attr(OWNER, this_process())
             plan = self.search.space.sample(trial)
-            trial.set_user_attr("digest", plan.digest)
+            trial.set_user_attr(DIGEST, plan.digest)
         return trial, plan, known.get(plan.digest)
 
     def _one(self, trial: Trial, plan: CompressionPlan, tried: bool) -> None:
@@ -332,7 +333,7 @@ class _Loop:
     ) -> TrialRecord | None:
         """What came of the work; the one place where any failure of a candidate is caught."""
         draft = None
-        with heartbeat(self.study, trial.number):
+        with heartbeat(self.study, trial._trial_id):
             try:
                 draft = begin()
                 record = work(draft)
@@ -382,7 +383,7 @@ class _Loop:
         """The records so far, with those that other workers have told of; the tracker is for people to read."""
         known = {record.plan.digest for record in self.records}
         told = (t.user_attrs for t in counted(trials) if RECORD in t.user_attrs)
-        new = [record_from_json(user[RECORD]) for user in told if user["digest"] not in known]
+        new = [record_from_json(user[RECORD]) for user in told if user[DIGEST] not in known]
         return sorted([*self.records, *new], key=lambda record: record.number)
 
     def _expected(self, trial: Trial) -> dict[str, float]:

@@ -6,7 +6,7 @@ from optuna.trial import FixedTrial, FrozenTrial
 
 from compressors.pipeline import trained_structure
 from compressors.plan import Scalar
-from search.storage import running
+from search.storage import DIGEST, running
 from search.study import Search
 
 Answers = dict[str, Scalar]
@@ -27,7 +27,7 @@ class Opening:
 
         What another worker is training right now is not trained beside it: afterwards it only needs to be deployed.
         """
-        at_work = [self._first.get(str(t.user_attrs.get("digest"))) for t in running(trials)]
+        at_work = [self._first.get(str(t.user_attrs.get(DIGEST))) for t in running(trials)]
         training = {found[1] for found in at_work if found} - {None}
         missing = (found for digest, found in self._first.items() if digest not in done)
         return next((answers for answers, structure in missing if structure not in training), None)

@@ -1,6 +1,8 @@
-"""Which candidates nobody beats, bands respected; standard library and measurements only."""
+"""Which candidates nobody beats, bands respected; NumPy and measurements only."""
 
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from evaluators.measurement import Measurement
 
@@ -21,7 +23,19 @@ def dominates(a: Row, b: Row) -> bool:
 
 def front(rows: Sequence[Row]) -> list[int]:
     """The positions, in order, of the rows that no other row dominates; equal rows all stay."""
-    return [i for i, row in enumerate(rows) if not any(dominates(other, row) for other in rows)]
+    if not rows:
+        return []
+    # Less is better from here on. Whole blocks at once: a worker of a sweep does this after every trial.
+    signs = np.array([1 if m.metric.direction == "minimize" else -1 for m in rows[0]])
+    values = (signs * np.array([[m.value for m in row] for row in rows])).T
+    bands = signs[:, None] * np.array([[m.interval for m in row] for row in rows])
+    best, worst = bands.min(axis=2).T, bands.max(axis=2).T
+    kept: list[int] = []
+    for block in np.array_split(np.arange(len(rows)), len(rows) // 512 + 1):
+        no_worse = np.logical_and.reduce([value <= value[block, None] for value in values])
+        better = np.logical_or.reduce([high < low[block, None] for low, high in zip(best, worst, strict=True)])
+        kept += block[~(no_worse & better).any(axis=1)].tolist()
+    return kept
 
 
 def distinct(rows: Sequence[Row]) -> list[int]:

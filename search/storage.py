@@ -4,22 +4,25 @@ import copy
 import fcntl
 import functools
 import hashlib
+import json
 import logging
 import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages._rdb.models import TrialUserAttributeModel
+from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialParamModel, TrialUserAttributeModel
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -43,6 +46,8 @@ CONCLUDED = "concluded"
 """User attribute of a study: at how many trials its champion was chosen last."""
 JOINED = "joined"
 """User attribute of a study: how many workers ever joined it."""
+DIGEST = "digest"
+"""User attribute of a trial: that of its plan, written together with its parameters."""
 OWNER = "owner"
 """User attribute of a running trial: the process that is at it; empty when it is nobody's turn."""
 PUT_BACK = "put_back"
@@ -129,44 +134,119 @@ def _is_away(error: BaseException | None) -> bool:
     return False
 
 
+@dataclass
+class _Kept:
+    """What is yet to be written: the parameters of new trials, all in one statement, and whatever else, in order."""
+
+    parameters: list[dict[str, Any]] = field(default_factory=list)
+    others: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
+
+
 class _Patient(RDBStorage):
     """A database that may go away for a while. A call whose answer got lost on the way is made once more.
 
     While what is written is kept back, to go all at once, it stands still for its reader (see `together`).
     """
 
-    kept_back: list[tuple[Callable[..., None], tuple[Any, ...]]] | None = None
+    kept_back: _Kept | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # By id, the running trials as they were read last.
+        self.signed: dict[int, FrozenTrial] = {}
 
     @patient
-    def write(self, kept: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+    def write(self, kept: _Kept) -> None:
         with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            for put, given in kept:
+            if kept.parameters:
+                session.execute(sqlalchemy.insert(TrialParamModel), kept.parameters)
+            for put, given in kept.others:
                 put(session, *given)
 
     def _put(self, put: Callable[..., None], *given: Any) -> None:
         if self.kept_back is None:
-            self.write([(put, given)])
+            self.write(_Kept(others=[(put, given)]))
         else:
-            self.kept_back.append((put, given))
+            self.kept_back.others.append((put, given))
 
-    def _set_trial_param(self, *parameter: Any, **_: Any) -> None:
-        self._put(self._set_trial_param_without_commit, *parameter)
+    def _set_trial_param(
+        self, trial_id: int, name: str, value: float, space: BaseDistribution, known: BaseDistribution | None
+    ) -> None:
+        if self.kept_back is None or known is None:
+            self._put(self._set_trial_param_without_commit, trial_id, name, value, space, known)
+            return
+        check_distribution_compatibility(known, space)
+        text = distribution_to_json(space)
+        row = {"trial_id": trial_id, "param_name": name, "param_value": value, "distribution_json": text}
+        self.kept_back.parameters.append(row)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        if self.kept_back is None:
+            self.beat(trial_id)
+        else:
+            # The first one of a new trial.
+            self._put(lambda session: session.add(TrialHeartbeatModel(trial_id=trial_id)))
+
+    @patient
+    def beat(self, trial_id: int) -> None:
+        super().record_heartbeat(trial_id)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         self._put(self._set_trial_attr_without_commit, TrialUserAttributeModel, trial_id, key, value)
 
-    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        return self.read(*args, **kwargs) if self.kept_back is None else []
+    def _get_trials(
+        self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
+    ) -> list[FrozenTrial]:
+        """Those that run and were read before are not read in full again: with many workers these take long."""
+        if self.kept_back is not None:
+            return []
+        if states is not None or trial_id_greater_than < 0:
+            return self._read(study_id, states, included_trial_ids, trial_id_greater_than)
+        now, told = self._standing(study_id, included_trial_ids, trial_id_greater_than)
+        same = {n: t for n, t in self.signed.items() if now.get(n) is TrialState.RUNNING}
+        others = now.keys() - same.keys()
+        read = self._read(study_id, None, others, max(now)) if others else []
+        for trial_id, trial in same.items():
+            if told[trial_id] != trial.user_attrs:
+                # A new one: who holds the old one may be looking at it.
+                self.signed[trial_id] = again = copy.copy(trial)
+                again.user_attrs = told[trial_id]
+                read.append(again)
+        return read
 
     @patient
-    def read(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        return super()._get_trials(*args, **kwargs)
+    def _read(self, study_id: int, states: Any, among: Collection[int], after: int) -> list[FrozenTrial]:
+        """In full: those of the study `among` these and `after` that one."""
+        read = super()._get_trials(study_id, states, set(among), after)
+        for trial in read:
+            # Its parameters came with the digest, in one go: they stay as they are.
+            if trial.state is TrialState.RUNNING and DIGEST in trial.user_attrs:
+                self.signed[trial._trial_id] = trial
+            else:
+                self.signed.pop(trial._trial_id, None)
+        return read
+
+    @patient
+    def _standing(
+        self, study_id: int, among: Collection[int], after: int
+    ) -> tuple[dict[int, TrialState], dict[int, dict[str, Any]]]:
+        """The states of these trials, and the user attributes of those that were signed."""
+        asked = (TrialModel.study_id == study_id) & (TrialModel.trial_id.in_(among) | (TrialModel.trial_id > after))
+        told: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in self.signed}
+        with _create_scoped_session(self.scoped_session) as session:
+            now = dict(session.execute(sqlalchemy.select(TrialModel.trial_id, TrialModel.state).where(asked)).all())
+            own = sqlalchemy.select(
+                TrialUserAttributeModel.trial_id, TrialUserAttributeModel.key, TrialUserAttributeModel.value_json
+            ).where(TrialUserAttributeModel.trial_id.in_(told))
+            for trial_id, key, text in session.execute(own):
+                told[trial_id][key] = json.loads(text)
+        return now, told
 
 
 # What others call, Optuna's cache in front of it included, which has its own ways in.
 _CALLED = {
     *BaseStorage.__abstractmethods__,
-    *("record_heartbeat", "_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
+    *("_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
     *("_create_new_trial", "_check_and_set_param_distribution"),
 }
 for _name in sorted(_CALLED & set(dir(RDBStorage)) - set(vars(_Patient))):
@@ -181,7 +261,7 @@ def together(study: optuna.Study) -> Iterator[None]:
     attribute of a trial is a commit: with a hundred knobs and 64 workers, seconds.
     """
     storage = cast(Any, study._storage)._backend
-    storage.kept_back = []
+    storage.kept_back = _Kept()
     try:
         yield
         storage.write(storage.kept_back)
@@ -226,16 +306,18 @@ def exclusively(url: str, what: str) -> Iterator[Callable[[], bool]]:
 
 @functools.cache
 def _engine(url: str) -> sqlalchemy.Engine:
-    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **_connecting(url))
+    connecting = _connecting(url)
+    if url.startswith(POSTGRESQL):
+        # A holder of a lock that lost its power must not keep it for hours: the server looks after it too.
+        looks = {"idle": 30, "interval": 10, "count": 3}
+        connecting["connect_args"]["options"] = " ".join(f"-c tcp_keepalives_{k}={v}" for k, v in looks.items())
+    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **connecting)
 
 
 @patient
 def _locked(engine: sqlalchemy.Engine, key: int) -> sqlalchemy.Connection:
     """A connection that holds the lock."""
     connection = engine.connect()
-    for setting, seconds in (("idle", 30), ("interval", 10), ("count", 3)):
-        # A holder that lost its power must not keep it for hours.
-        connection.execute(sqlalchemy.text(f"SET tcp_keepalives_{setting} = {seconds}"))
     connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": key})
     return connection
 
@@ -386,15 +468,13 @@ def _seconds(moment: datetime | None) -> float:
     return moment.timestamp() if moment else 0.0
 
 
-def beat(study: optuna.Study, number: int) -> None:
+def beat(study: optuna.Study, trial_id: int) -> None:
     """A sign of life for a trial."""
-    storage = cast(RDBStorage, study._storage)  # there is no public way from a study to its storage
-    study_id = storage.get_study_id_from_name(study.study_name)
-    storage.record_heartbeat(storage.get_trial_id_from_study_id_trial_number(study_id, number))
+    cast(RDBStorage, study._storage).record_heartbeat(trial_id)  # there is no public way from a study to its storage
 
 
 @contextmanager
-def heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
+def heartbeat(study: optuna.Study, trial_id: int) -> Iterator[None]:
     """Optuna beats only inside `study.optimize`; an ask-and-tell loop has to do it itself."""
     done = threading.Event()
 
@@ -402,9 +482,9 @@ def heartbeat(study: optuna.Study, number: int) -> Iterator[None]:
         while not done.wait(HEARTBEAT_S):
             # One that is missed, the next one makes good.
             with suppress(SQLAlchemyError, StorageInternalError):
-                beat(study, number)
+                beat(study, trial_id)
 
-    beat(study, number)
+    beat(study, trial_id)
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
     try:

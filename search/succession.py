@@ -10,7 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.remote import Away
-from search.storage import HEARTBEAT_S, OWNER, RETRIES, TRIES, WAITS, counted, dead, requeue, snapshot
+from search.storage import DIGEST, HEARTBEAT_S, OWNER, RETRIES, TRIES, WAITS, counted, dead, requeue, snapshot
 from search.tracking import OpenTrial, StudyRun, Tracker
 from search.trial import TrialRecord
 
@@ -105,4 +105,4 @@ def _told(trials: Sequence[FrozenTrial]) -> set[str]:
 
 def _digest(trial: FrozenTrial) -> str:
     """Of its plan; empty for a trial that was never signed."""
-    return str(trial.user_attrs.get("digest", ""))
+    return str(trial.user_attrs.get(DIGEST, ""))

@@ -5,15 +5,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from compressors.errors import ConfigError
 from search import storage as module
-from search.storage import exclusively, open_storage, patient, quiet, together
+from search.storage import DIGEST, exclusively, open_storage, patient, quiet, snapshot, together
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,3 +184,65 @@ def test_parameters_that_are_kept_together_are_all_there_afterwards(tmp_path: Pa
     assert set(stored[1].params) == {"a"}
     second.suggest_float("c", 0, 1)
     assert set(optuna.load_study(study_name="a", storage=url).trials[1].params) == {"a", "c"}
+
+
+def test_whatever_happens_to_trials_is_seen_as_if_all_were_read_anew(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    quiet_sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(storage=open_storage(url), study_name="a", sampler=quiet_sampler)
+    other = optuna.load_study(study_name="a", storage=open_storage(url))
+    chance = np.random.default_rng(0)
+    at_work: list[optuna.Trial] = []
+    states = set[TrialState]()
+
+    def begin() -> None:
+        with quiet():
+            trial = study.ask()
+        at_work.append(trial)
+        if chance.random() < 0.8:
+            with together(study):
+                trial.suggest_float("a", 0, 1)
+                trial.set_user_attr(DIGEST, str(trial.number))
+
+    def sign() -> None:
+        if at_work:
+            at_work[chance.integers(len(at_work))].set_user_attr("owner", ["", "me", "you"][chance.integers(3)])
+
+    def end() -> None:
+        if at_work:
+            trial = at_work.pop(chance.integers(len(at_work)))
+            study.tell(trial, *[(1.0, None), (None, TrialState.FAIL), (None, TrialState.PRUNED)][chance.integers(3)])
+
+    def queue() -> None:
+        study.enqueue_trial({"a": 0.5})
+
+    for _ in range(150):
+        [begin, begin, sign, end, end, queue][chance.integers(6)]()
+        if chance.random() < 0.7:
+            seen = snapshot(other)
+            assert seen == optuna.load_study(study_name="a", storage=url).trials
+            states |= {t.state for t in seen}
+    assert states == set(TrialState)
+
+
+def test_the_parameters_of_a_running_trial_are_read_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    study = optuna.create_study(storage=open_storage(url), study_name="a", sampler=optuna.samplers.RandomSampler())
+    with quiet():
+        study.tell(study.ask(), 1.0)
+        runs = study.ask()
+    with together(study):
+        asked = runs.suggest_float("a", 0, 1)
+        runs.set_user_attr(DIGEST, "abc")
+    storage = open_storage(url)
+    other = optuna.load_study(study_name="a", storage=storage)
+    before = snapshot(other)[1]
+    begun = list[str]()
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", lambda *given: begun.append(given[2]))
+    runs.set_user_attr("owner", "me")
+    after = snapshot(other)[1]
+    assert begun
+    assert not [statement for statement in begun if "trial_params" in statement]
+    assert after.params == {"a": asked}
+    assert after.user_attrs == {DIGEST: "abc", "owner": "me"}
+    assert before.user_attrs == {DIGEST: "abc"}

@@ -97,7 +97,7 @@ def fill(search: Search, count: int) -> None:
     """Finished trials from before, as workers leave them in the storage; the tracker is not asked for them."""
     run(replace(search, budget=Budget(trials=1)), quiet)
     study = optuna.load_study(study_name=search.name, storage=open_storage(search.storage))
-    template = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1), directions=study.directions)
+    template = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=10**6), directions=study.directions)
     for number in range(len(study.trials), count):
         trial = template.ask()
         record = record_of(number, search.space.sample(trial))
