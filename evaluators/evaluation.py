@@ -99,6 +99,14 @@ class OfMachine(Protocol):
 
 
 @runtime_checkable
+class Feeding(Protocol):
+    """An evaluator that calls a file with inputs of its own making; being one is optional."""
+
+    def fed(self, deployed: Deployed, examples: Examples) -> Sequence[Array]:
+        """What a call is given, an array per input; raises `Infeasible` for a file that takes no such inputs."""
+
+
+@runtime_checkable
 class Gradual(Protocol):
     """An evaluator that can say something before it has done all of its work; being one is optional."""
 

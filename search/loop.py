@@ -129,8 +129,8 @@ class _Loop:
                 else Here(bench, search.reference, clock)
             )
         except Infeasible as infeasible:
-            remedy = "choose another runtime=[...] or another model"
-            raise ConfigError("model", f"cannot be deployed as it is: {infeasible.reason}", remedy) from infeasible
+            remedy = "choose another runtime=[...], evaluator=[...] or model"
+            raise ConfigError("model", f"cannot be used as it is: {infeasible.reason}", remedy) from infeasible
         except Broken as broken:
             said = (broken.details.strip() or broken.reason).splitlines()[-1]
             problem = f"cannot be kept: the trials' process did not get ready ({said})"

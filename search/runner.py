@@ -82,10 +82,11 @@ class Here:
     """Carries out plans in this process."""
 
     def __init__(self, bench: Workbench, reference: Target, clock: Clock) -> None:
-        """Deploys the reference; raises `Infeasible` when that does not work."""
+        """Deploys the reference and tries it out; raises `Infeasible` when that does not work."""
         self.bench = bench
         self.reference = bench.reference(reference, clock)
         self.examples = bench.examples("validation")
+        bench.try_out(self.reference, self.examples)
 
     def run(
         self, number: int, plan: CompressionPlan, folder: Path, clock: Clock, judge: Judge | None

@@ -16,7 +16,7 @@ from compressors.pipeline import Achieved, Artifact, Batch, Compressor, Context,
 from compressors.plan import CompressionPlan, Scalar, Settings, Step, Target
 from compressors.teacher import Remembered
 from evaluators.divergence import Divergence
-from evaluators.evaluation import Evaluator, Examples, Gradual, OfMachine
+from evaluators.evaluation import Evaluator, Examples, Feeding, Gradual, OfMachine
 from evaluators.measurement import Measurement
 from evaluators.runtime import Deployed, Runtime
 from search.cache import Cache
@@ -277,6 +277,21 @@ class Workbench:
             with suppress(OSError):
                 (Path(fresh) / "made").rename(folder)
         return replace(deployed, folder=folder)
+
+    def try_out(self, reference: Deployed, examples: Examples) -> None:
+        """Call the uncompressed model as evaluators are going to; raises `Infeasible` where that fails.
+
+        Otherwise each trial would be trained first and fail then, such as behind more words than the model has places.
+        """
+        for name, evaluator in self.evaluators.items():
+            if isinstance(evaluator, Feeding):
+                fed = evaluator.fed(reference, examples)
+                try:
+                    reference.run(*fed)
+                except Exception as error:
+                    shapes = ", ".join(str(x.shape) for x in fed)
+                    problem = f"evaluator.{name} calls it with inputs of shape {shapes}, and it fails"
+                    raise Infeasible(f"{problem} ({str(error).strip().splitlines()[-1]})") from error
 
     def measure(
         self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock

@@ -1,6 +1,7 @@
 """Language models: one file for whole texts and for the next word, and every method that gets through them."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from evaluators.runtime import Deployed
 from search.language import CausalLM, language, next_word_loss
 from search.pretrained import causal_lm
 from search.pyfunc import save_pyfunc
+from search.runner import Here
 from search.training import FineTuning, trained
+from search.trial import Clock, Workbench
+from search.workload import Workload
 from tests.context import METHODS, workload_context
 from tests.fakes import FakeRuntime, deployed
 from tests.prose import FAMILIES, GPT, TOKENS, VOCABULARY, small_lm, splits, texts
@@ -240,6 +244,23 @@ def test_decode_gives_each_file_a_past_of_its_own_shape(tmp_path: Path) -> None:
         timer.close()
     assert (ratio.name, milliseconds.name) == ("decode_ratio", "decode_ms")
     assert 0.1 < ratio.value < 1.5
+
+
+@pytest.mark.parametrize(("context", "fails"), [(TOKENS, False), (1000, True)])
+def test_a_past_of_more_words_than_the_model_has_places_is_found_before_any_trial(
+    context: int, fails: bool, tmp_path: Path
+) -> None:
+    workload = Workload("prose", small_lm(), splits(), language())
+    timer = Decode(name="next", context=context)
+    bench = Workbench(workload, METHODS, {"onnxruntime": runtime_of("onnxruntime")}, {"mine": timer}, {}, tmp_path)
+    begin = partial(Here, bench, Target("onnxruntime", "fp32"), Clock())
+    if not fails:
+        begin()
+        return
+    with pytest.raises(
+        Infeasible, match=rf"evaluator\.mine calls it with inputs of shape \(1, 1\), \(1, 4, {context}, 8\)"
+    ):
+        begin()
 
 
 def test_decode_needs_a_past(tmp_path: Path) -> None:
