@@ -17,6 +17,7 @@ from compressors.plan import CompressionPlan
 from evaluators.measurement import Metric
 from evaluators.runtime import Deployed, TensorSpec
 from search.answers import answer, answer_as
+from search.database import DIGEST, PATIENCE_S, together
 from search.liveness import this_process
 from search.opening import Opening
 from search.outbox import Draft, Outbox
@@ -26,9 +27,7 @@ from search.runner import Broken, Carrier, Here, Runner
 from search.sampler import EXPECTED, REMAINING, WAITED
 from search.storage import (
     BUDGET,
-    DIGEST,
     OWNER,
-    PATIENCE_S,
     PUT_BACK,
     RECORD,
     STOP,
@@ -45,7 +44,6 @@ from search.storage import (
     snapshot,
     spent_s,
     state,
-    together,
     unfinished,
     waiting,
 )

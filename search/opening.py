@@ -6,7 +6,8 @@ from optuna.trial import FixedTrial, FrozenTrial
 
 from compressors.pipeline import trained_structure
 from compressors.plan import Scalar
-from search.storage import DIGEST, running
+from search.database import DIGEST
+from search.storage import running
 from search.study import Search
 
 Answers = dict[str, Scalar]

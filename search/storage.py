@@ -1,42 +1,35 @@
-"""A study's storage: opened, waited for, locked, its trials counted; it asks for no plan and tells no result."""
+"""A study's storage: opened, locked, its trials counted; it asks for no plan and tells no result."""
 
 import copy
 import fcntl
 import functools
 import hashlib
-import json
-import logging
 import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialParamModel, TrialUserAttributeModel
-from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from compressors.errors import ConfigError
 from search.address import masked, shown
+from search.database import PatientStorage, patient
 from search.liveness import is_alive_here, is_gone
 
 HEARTBEAT_S = 20
 RETRIES = 2
 WINDOW_S = 3600.0
-PATIENCE_S, PAUSE_S = 900.0, 2.0
-"""How long a database may be away in mid-run, and how often it is tried again."""
 SQLITE, POSTGRESQL = "sqlite:///", "postgresql"
 BUDGET = "budget"
 """User attribute of a study: trials and minutes, as the worker that came last has them."""
@@ -46,8 +39,6 @@ CONCLUDED = "concluded"
 """User attribute of a study: at how many trials its champion was chosen last."""
 JOINED = "joined"
 """User attribute of a study: how many workers ever joined it."""
-DIGEST = "digest"
-"""User attribute of a trial: that of its plan, written together with its parameters."""
 OWNER = "owner"
 """User attribute of a running trial: the process that is at it; empty when it is nobody's turn."""
 PUT_BACK = "put_back"
@@ -58,10 +49,6 @@ TRIES = "tries"
 """User attribute of a trial that waits: how many processes died measuring it."""
 WAITS = "waits"
 """User attribute of a running trial that is all but measured: the tracker's run that has its files."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-log = logging.getLogger(__name__)
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -75,7 +62,7 @@ def open_storage(url: str) -> RDBStorage:
             # From here on one is patient with it.
             _engine(url).connect().close()
         with quiet(), exclusively(url, "tables"):
-            return _Patient(
+            return PatientStorage(
                 url,
                 engine_kwargs={"pool_pre_ping": True, **_connecting(url)},
                 heartbeat_interval=HEARTBEAT_S,
@@ -103,170 +90,6 @@ def _prepare(path: Path) -> None:
     with sqlite3.connect(path, timeout=30) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     connection.close()
-
-
-def patient(action: Callable[P, R]) -> Callable[P, R]:
-    """The same, but it waits `PATIENCE_S` at most for a database that is away."""
-
-    @functools.wraps(action)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        began = time.monotonic()
-        while True:
-            try:
-                return action(*args, **kwargs)
-            except (SQLAlchemyError, StorageInternalError) as error:
-                if not _is_away(error) or time.monotonic() - began > PATIENCE_S:
-                    raise
-                log.warning("the storage is away, trying again")
-                time.sleep(PAUSE_S)
-
-    return call
-
-
-def _is_away(error: BaseException | None) -> bool:
-    """Whether a connection could not be made or broke; a full disk or a broken file is another matter."""
-    while error is not None:
-        if isinstance(error, DBAPIError):
-            return "sqlite3" not in str(type(error.orig)) and (
-                error.connection_invalidated or isinstance(error, OperationalError)
-            )
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@dataclass
-class _Kept:
-    """What is yet to be written: the parameters of new trials, all in one statement, and whatever else, in order."""
-
-    parameters: list[dict[str, Any]] = field(default_factory=list)
-    others: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
-
-
-class _Patient(RDBStorage):
-    """A database that may go away for a while. A call whose answer got lost on the way is made once more.
-
-    While what is written is kept back, to go all at once, it stands still for its reader (see `together`).
-    """
-
-    kept_back: _Kept | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # By id, the running trials as they were read last.
-        self.signed: dict[int, FrozenTrial] = {}
-
-    @patient
-    def write(self, kept: _Kept) -> None:
-        with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            if kept.parameters:
-                session.execute(sqlalchemy.insert(TrialParamModel), kept.parameters)
-            for put, given in kept.others:
-                put(session, *given)
-
-    def _put(self, put: Callable[..., None], *given: Any) -> None:
-        if self.kept_back is None:
-            self.write(_Kept(others=[(put, given)]))
-        else:
-            self.kept_back.others.append((put, given))
-
-    def _set_trial_param(
-        self, trial_id: int, name: str, value: float, space: BaseDistribution, known: BaseDistribution | None
-    ) -> None:
-        if self.kept_back is None or known is None:
-            self._put(self._set_trial_param_without_commit, trial_id, name, value, space, known)
-            return
-        check_distribution_compatibility(known, space)
-        text = distribution_to_json(space)
-        row = {"trial_id": trial_id, "param_name": name, "param_value": value, "distribution_json": text}
-        self.kept_back.parameters.append(row)
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        if self.kept_back is None:
-            self.beat(trial_id)
-        else:
-            # The first one of a new trial.
-            self._put(lambda session: session.add(TrialHeartbeatModel(trial_id=trial_id)))
-
-    @patient
-    def beat(self, trial_id: int) -> None:
-        super().record_heartbeat(trial_id)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._put(self._set_trial_attr_without_commit, TrialUserAttributeModel, trial_id, key, value)
-
-    def _get_trials(
-        self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
-    ) -> list[FrozenTrial]:
-        """Those that run and were read before are not read in full again: with many workers these take long."""
-        if self.kept_back is not None:
-            return []
-        if states is not None or trial_id_greater_than < 0:
-            return self._read(study_id, states, included_trial_ids, trial_id_greater_than)
-        now, told = self._standing(study_id, included_trial_ids, trial_id_greater_than)
-        same = {n: t for n, t in self.signed.items() if now.get(n) is TrialState.RUNNING}
-        others = now.keys() - same.keys()
-        read = self._read(study_id, None, others, max(now)) if others else []
-        for trial_id, trial in same.items():
-            if told[trial_id] != trial.user_attrs:
-                # A new one: who holds the old one may be looking at it.
-                self.signed[trial_id] = again = copy.copy(trial)
-                again.user_attrs = told[trial_id]
-                read.append(again)
-        return read
-
-    @patient
-    def _read(self, study_id: int, states: Any, among: Collection[int], after: int) -> list[FrozenTrial]:
-        """In full: those of the study `among` these and `after` that one."""
-        read = super()._get_trials(study_id, states, set(among), after)
-        for trial in read:
-            # Its parameters came with the digest, in one go: they stay as they are.
-            if trial.state is TrialState.RUNNING and DIGEST in trial.user_attrs:
-                self.signed[trial._trial_id] = trial
-            else:
-                self.signed.pop(trial._trial_id, None)
-        return read
-
-    @patient
-    def _standing(
-        self, study_id: int, among: Collection[int], after: int
-    ) -> tuple[dict[int, TrialState], dict[int, dict[str, Any]]]:
-        """The states of these trials, and the user attributes of those that were signed."""
-        asked = (TrialModel.study_id == study_id) & (TrialModel.trial_id.in_(among) | (TrialModel.trial_id > after))
-        told: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in self.signed}
-        with _create_scoped_session(self.scoped_session) as session:
-            now = dict(session.execute(sqlalchemy.select(TrialModel.trial_id, TrialModel.state).where(asked)).all())
-            own = sqlalchemy.select(
-                TrialUserAttributeModel.trial_id, TrialUserAttributeModel.key, TrialUserAttributeModel.value_json
-            ).where(TrialUserAttributeModel.trial_id.in_(told))
-            for trial_id, key, text in session.execute(own):
-                told[trial_id][key] = json.loads(text)
-        return now, told
-
-
-# What others call, Optuna's cache in front of it included, which has its own ways in.
-_CALLED = {
-    *BaseStorage.__abstractmethods__,
-    *("_get_stale_trial_ids", "get_trial_id_from_study_id_trial_number"),
-    *("_create_new_trial", "_check_and_set_param_distribution"),
-}
-for _name in sorted(_CALLED & set(dir(RDBStorage)) - set(vars(_Patient))):
-    setattr(_Patient, _name, patient(getattr(RDBStorage, _name)))
-
-
-@contextmanager
-def together(study: optuna.Study) -> Iterator[None]:
-    """For asking, while all other workers wait: read nothing that was read before, and write all there is in one go.
-
-    A sampler may look at all trials for every knob, which reads those that run anew, and every parameter and user
-    attribute of a trial is a commit: with a hundred knobs and 64 workers, seconds.
-    """
-    storage = cast(Any, study._storage)._backend
-    storage.kept_back = _Kept()
-    try:
-        yield
-        storage.write(storage.kept_back)
-    finally:
-        storage.kept_back = None
 
 
 def _connecting(url: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from search.database import DIGEST
 from search.remote import Away
-from search.storage import DIGEST, HEARTBEAT_S, OWNER, RETRIES, TRIES, WAITS, counted, dead, requeue, snapshot
+from search.storage import HEARTBEAT_S, OWNER, RETRIES, TRIES, WAITS, counted, dead, requeue, snapshot
 from search.tracking import OpenTrial, StudyRun, Tracker
 from search.trial import TrialRecord
 

@@ -14,8 +14,9 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from compressors.errors import ConfigError
-from search import storage as module
-from search.storage import DIGEST, exclusively, open_storage, patient, quiet, snapshot, together
+from search import database as module
+from search.database import DIGEST, patient, together
+from search.storage import exclusively, open_storage, quiet, snapshot
 
 ROOT = Path(__file__).parents[1]
 
