@@ -5,17 +5,32 @@ import functools
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, cast
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb.models import TrialHeartbeatModel, TrialModel, TrialParamModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    TrialHeartbeatModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -24,6 +39,14 @@ PATIENCE_S, PAUSE_S = 900.0, 2.0
 """How long a database may be away in mid-run, and how often it is tried again."""
 DIGEST = "digest"
 """User attribute of a trial: that of its plan, written together with its parameters."""
+# What Optuna keeps of a trial in tables of their own, by the names that its trials give them.
+PARTS = {
+    "params": TrialParamModel,
+    "values": TrialValueModel,
+    "user_attributes": TrialUserAttributeModel,
+    "system_attributes": TrialSystemAttributeModel,
+    "intermediate_values": TrialIntermediateValueModel,
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +80,24 @@ def _is_away(error: BaseException | None) -> bool:
             )
         error = error.__cause__ or error.__context__
     return False
+
+
+_distribution = functools.cache(json_to_distribution)
+
+
+def _of(study_id: int, among: Collection[int], after: int) -> Any:
+    """The condition that a trial is of the study, and `among` these or `after` that one."""
+    return (TrialModel.study_id == study_id) & (TrialModel.trial_id.in_(among) | (TrialModel.trial_id > after))
+
+
+def _rows(session: Any, model: Any, which: Any) -> dict[int, list[Any]]:
+    """By trial, the rows of a table that belong to such trials, in the order in which they were written."""
+    table = model.__table__
+    rows = sqlalchemy.select(table).join(TrialModel, TrialModel.trial_id == table.c.trial_id).where(which)
+    found = defaultdict[int, list[Any]](list)
+    for row in session.execute(rows.order_by(*table.primary_key)):
+        found[row.trial_id].append(row)
+    return found
 
 
 @dataclass
@@ -144,8 +185,17 @@ class PatientStorage(RDBStorage):
 
     @patient
     def _read(self, study_id: int, states: Any, among: Collection[int], after: int) -> list[FrozenTrial]:
-        """In full: those of the study `among` these and `after` that one."""
-        read = super()._get_trials(study_id, states, set(among), after)
+        """In full: those of the study `among` these and `after` that one.
+
+        Row by row, and each distribution once: Optuna makes an object of every row, which takes five times as long.
+        """
+        which = _of(study_id, among, after) & (sqlalchemy.true() if states is None else TrialModel.state.in_(states))
+        with _create_scoped_session(self.scoped_session) as session:
+            found = session.query(TrialModel).where(which).order_by(TrialModel.trial_id).all()
+            parts = {name: _rows(session, model, which) for name, model in PARTS.items()}
+            read = [
+                self._made(trial, {name: rows[int(trial.trial_id)] for name, rows in parts.items()}) for trial in found
+            ]
         for trial in read:
             # Its parameters came with the digest, in one go: they stay as they are.
             if trial.state is TrialState.RUNNING and DIGEST in trial.user_attrs:
@@ -154,15 +204,31 @@ class PatientStorage(RDBStorage):
                 self.signed.pop(trial._trial_id, None)
         return read
 
+    def _made(self, trial: TrialModel, parts: dict[str, list[Any]]) -> FrozenTrial:
+        own = {
+            name: getattr(trial, name)
+            for name in ("number", "state", "datetime_start", "datetime_complete", "trial_id")
+        }
+        params = {
+            row.param_name: (_distribution(row.distribution_json), row.param_value) for row in parts.pop("params")
+        }
+        made = self._build_frozen_trial_from_trial_model(cast(TrialModel, SimpleNamespace(**own, **parts, params=[])))
+        made.distributions = {name: space for name, (space, _) in params.items()}
+        made.params = {name: space.to_external_repr(value) for name, (space, value) in params.items()}
+        return made
+
     @patient
     def _standing(
         self, study_id: int, among: Collection[int], after: int
     ) -> tuple[dict[int, TrialState], dict[int, dict[str, Any]]]:
         """The states of these trials, and the user attributes of those that were signed."""
-        asked = (TrialModel.study_id == study_id) & (TrialModel.trial_id.in_(among) | (TrialModel.trial_id > after))
         told: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in self.signed}
         with _create_scoped_session(self.scoped_session) as session:
-            now = dict(session.execute(sqlalchemy.select(TrialModel.trial_id, TrialModel.state).where(asked)).all())
+            now = dict(
+                session.execute(
+                    sqlalchemy.select(TrialModel.trial_id, TrialModel.state).where(_of(study_id, among, after))
+                ).all()
+            )
             own = sqlalchemy.select(
                 TrialUserAttributeModel.trial_id, TrialUserAttributeModel.key, TrialUserAttributeModel.value_json
             ).where(TrialUserAttributeModel.trial_id.in_(told))

@@ -203,6 +203,8 @@ def test_whatever_happens_to_trials_is_seen_as_if_all_were_read_anew(tmp_path: P
         if chance.random() < 0.8:
             with together(study):
                 trial.suggest_float("a", 0, 1)
+                trial.suggest_categorical("b", ["x", 8, None])
+                trial.suggest_int("c", 2, 64, log=True)
                 trial.set_user_attr(DIGEST, str(trial.number))
 
     def sign() -> None:
@@ -212,6 +214,7 @@ def test_whatever_happens_to_trials_is_seen_as_if_all_were_read_anew(tmp_path: P
     def end() -> None:
         if at_work:
             trial = at_work.pop(chance.integers(len(at_work)))
+            trial.report([0.5, float("inf"), -float("inf")][chance.integers(3)], 1)
             study.tell(trial, *[(1.0, None), (None, TrialState.FAIL), (None, TrialState.PRUNED)][chance.integers(3)])
 
     def queue() -> None:
