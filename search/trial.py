@@ -287,11 +287,14 @@ class Workbench:
             if isinstance(evaluator, Feeding):
                 fed = evaluator.fed(reference, examples)
                 try:
-                    reference.run(*fed)
+                    # Not kept loaded: it may be large.
+                    reference.session(batch=None, threads=0)(*fed)
                 except Exception as error:
                     shapes = ", ".join(str(x.shape) for x in fed)
                     problem = f"evaluator.{name} calls it with inputs of shape {shapes}, and it fails"
-                    raise Infeasible(f"{problem} ({str(error).strip().splitlines()[-1]})") from error
+                    raise Infeasible(
+                        f"{problem} ({(str(error).strip() or type(error).__name__).splitlines()[-1]})"
+                    ) from error
 
     def measure(
         self, deployed: Deployed, reference: Deployed, examples: Examples, clock: Clock
