@@ -129,18 +129,17 @@ def exclusively(url: str, what: str) -> Iterator[Callable[[], bool]]:
 
 @functools.cache
 def _engine(url: str) -> sqlalchemy.Engine:
-    connecting = _connecting(url)
-    if url.startswith(POSTGRESQL):
-        # A holder of a lock that lost its power must not keep it for hours: the server looks after it too.
-        looks = {"idle": 30, "interval": 10, "count": 3}
-        connecting["connect_args"]["options"] = " ".join(f"-c tcp_keepalives_{k}={v}" for k, v in looks.items())
-    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **connecting)
+    return sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **_connecting(url))
 
 
 @patient
 def _locked(engine: sqlalchemy.Engine, key: int) -> sqlalchemy.Connection:
     """A connection that holds the lock."""
     connection = engine.connect()
+    # A holder that lost its power must not keep it for hours: the server looks after it too.
+    looks = {"idle": "30", "interval": "10", "count": "3"}
+    settings = ", ".join(f"set_config('tcp_keepalives_{name}', '{value}', false)" for name, value in looks.items())
+    connection.execute(sqlalchemy.text(f"SELECT {settings}"))
     connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": key})
     return connection
 
