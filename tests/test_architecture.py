@@ -16,7 +16,18 @@ HOMES = {
     "omegaconf": {"search/__main__.py", "search/build.py"},
     "optuna": {
         f"search/{name}.py"
-        for name in ("space", "study", "loop", "answers", "opening", "sampler", "storage", "status", "succession")
+        for name in (
+            "space",
+            "study",
+            "loop",
+            "answers",
+            "opening",
+            "sampler",
+            "storage",
+            "database",
+            "status",
+            "succession",
+        )
     },
     "mlflow": {"search/pyfunc.py", "search/remote.py", "search/tracking.py"},
     "onnxruntime": {"evaluators/onnxruntime.py", "evaluators/onnxruntime_int8.py"},
