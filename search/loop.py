@@ -276,7 +276,7 @@ class _Loop:
 
     def _one(self, trial: Trial, plan: CompressionPlan, tried: bool) -> None:
         """Carry out and tell; of a plan that was `tried`, a worker that died may have left all but the telling."""
-        record = (self._known(plan.digest) if tried else None) or self._carry_out(trial, plan)
+        record = (self._known(plan.digest) if tried else None) or self._carry_out(trial, plan, tried)
         if record is not None:
             self._tell(trial, record)
 
@@ -285,7 +285,7 @@ class _Loop:
             return self.search.tracker.find(self.run, digest)
         return self.outbox.find(digest)
 
-    def _carry_out(self, trial: Trial, plan: CompressionPlan) -> TrialRecord | None:
+    def _carry_out(self, trial: Trial, plan: CompressionPlan, tried: bool) -> TrialRecord | None:
         """Run the plan; None where it failed, or where its latency is left to others."""
         clock, expected = Clock(watch=self._show), self._expected(trial)
         judge = self.search.ladder.judge(plan, self.records, expected) if self.search.ladder else None
@@ -303,7 +303,7 @@ class _Loop:
             return self.outbox.finish(draft, record, deployed)
 
         def begin() -> Draft:
-            return self.outbox.begin(trial.number, plan)
+            return self.outbox.begin(trial.number, plan, tried)
 
         return self._carefully(trial, clock, begin, work, lambda: self._put_back(trial))
 

@@ -29,12 +29,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Draft:
-    """A trial under way. Its deployed files belong into `files`; `run_id` is None while the server is away."""
+    """A trial under way. Its deployed files belong into `files`; `run_id` is None while the server is away.
+
+    `tried` says that somebody was at its plan before; `resumed`, that its run is of another process, too.
+    """
 
     folder: Path
     number: int
     plan: CompressionPlan
     run_id: str | None
+    tried: bool = False
     resumed: bool = False
 
     @property
@@ -83,15 +87,15 @@ class Outbox:
         """Nothing is made before there is something to keep."""
         self._own = self.folder / this_process().replace(":", "~")
 
-    def begin(self, number: int, plan: CompressionPlan) -> Draft:
-        """Open a trial, in the tracker too unless that is away."""
+    def begin(self, number: int, plan: CompressionPlan, tried: bool = False) -> Draft:
+        """Open a trial, in the tracker too unless that is away; `tried`, if somebody may have told of its plan."""
         folder = self._opened(number, plan.digest)
         (folder / FILES).mkdir()
         try:
             run_id = self.tracker.start_trial(self.study, number, plan)
         except Away:
             run_id = None
-        return Draft(folder, number, plan, run_id)
+        return Draft(folder, number, plan, run_id, tried)
 
     def resume(self, number: int, digest: str, run_id: str) -> tuple[Draft, TrialRecord, tuple[TensorSpec, ...]]:
         """A trial that another process left to be measured: its files, what is known, and inputs; raises `Away`."""
@@ -102,7 +106,7 @@ class Outbox:
             # It may be tried again.
             shutil.rmtree(folder)
             raise
-        return Draft(folder, number, record.plan, run_id, resumed=True), record, inputs
+        return Draft(folder, number, record.plan, run_id, tried=True, resumed=True), record, inputs
 
     def hand_over(self, draft: Draft, record: TrialRecord, deployed: Deployed) -> str:
         """Leave the rest of a trial to another process: the run that has the files; raises `Away`."""
@@ -122,7 +126,7 @@ class Outbox:
         self._write(draft, replace(_blank(draft), record=record_to_json(record), inputs=inputs))
         send = self._try if self.tracker.is_server else self._send
         try:
-            return send(draft.folder) or record
+            return send(draft.folder, first=not draft.tried) or record
         except Away:
             return record
 
@@ -199,10 +203,10 @@ class Outbox:
             os.fsync(out.fileno())
         fresh.replace(draft.folder / LETTER)
 
-    def _try(self, folder: Path, late: bool = False) -> TrialRecord | None:
+    def _try(self, folder: Path, late: bool = False, first: bool = False) -> TrialRecord | None:
         """Send; what the tracker refuses for good is put aside. While it is away, `late` raises that."""
         try:
-            return self._send(folder)
+            return self._send(folder, first)
         except Away as away:
             if isinstance(away, ServerError) and self._is_poison(folder):
                 self._put_aside(folder, away)
@@ -230,17 +234,18 @@ class Outbox:
             refused.mkdir(exist_ok=True)
             folder.rename(refused / f"{folder.parent.name}-{folder.name}")
 
-    def _send(self, folder: Path) -> TrialRecord | None:
-        """What of a trial is no letter goes, as its process died in the midst."""
+    def _send(self, folder: Path, first: bool = False) -> TrialRecord | None:
+        """What of a trial is no letter goes, as its process died in the midst; `first`: nobody told of its plan."""
         letter = _letter(folder)
-        stored = self._told(letter, folder / FILES) if letter else None
+        stored = self._told(letter, folder / FILES, first) if letter else None
         shutil.rmtree(folder)
         return stored
 
-    def _told(self, letter: _Letter, files: Path) -> TrialRecord | None:
+    def _told(self, letter: _Letter, files: Path, first: bool) -> TrialRecord | None:
         plan = CompressionPlan.from_json(letter.plan)
-        # Sent by a process that died before it could cross it off, or measured once more by somebody meanwhile.
-        known = self.tracker.find(self.study, plan.digest) if letter.record else None
+        # Sent by a process that died before it could cross it off, or measured once more by somebody meanwhile. To look
+        # takes a tracker of thousands of runs as long as all the rest.
+        known = self.tracker.find(self.study, plan.digest) if letter.record and not first else None
         if known is not None:
             for left in self.tracker.open_trials(self.study):
                 if left.run_id == letter.run_id:

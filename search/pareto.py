@@ -39,11 +39,13 @@ def front(rows: Sequence[Row]) -> list[int]:
         dominated: npt.NDArray[np.bool_] = (no_worse & better).any(axis=1)
         return among[~dominated]
 
-    # A worker of a sweep does this after every trial, over thousands: a few good ones dominate nearly all others.
+    # A worker of a sweep does this after every trial, over thousands. A few good ones dominate nearly all others, and
+    # what those leave over one another; only what is left then has to stand against every row.
     ranks = worst.argsort(axis=1).argsort(axis=1)
     ways = np.random.default_rng(0).dirichlet(np.ones(len(ranks)), size=64)
     everyone = np.arange(len(rows))
-    return [int(i) for i in stay(stay(everyone, by=np.unique((ways @ ranks).argmin(axis=1))), by=everyone)]
+    left = stay(everyone, by=np.unique((ways @ ranks).argmin(axis=1)))
+    return [int(i) for i in stay(stay(left, by=left), by=everyone)]
 
 
 def distinct(rows: Sequence[Row]) -> list[int]:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -277,13 +277,15 @@ def state(trial: FrozenTrial) -> str:
 
 def per_hour(done: Sequence[FrozenTrial]) -> float | None:
     """The pace of the last `WINDOW_S` in which any of them ended."""
-    spans = [(_seconds(t.datetime_start), _seconds(t.datetime_complete)) for t in done]
-    if not spans:
+    # Moments are compared as they are, and turned into seconds only of those that count: of thousands, that takes long.
+    ended = [(t.datetime_complete, t.datetime_start) for t in done if t.datetime_complete]
+    if not ended:
         return None
-    last = max(end for _, end in spans)
-    recent = [(begin, end) for begin, end in spans if end > last - WINDOW_S]
-    first = max(min(begin for begin, _ in recent), last - WINDOW_S)
-    return 3600 * len(recent) / max(last - first, 1e-3)
+    last = max(end for end, _ in ended)
+    since = last - timedelta(seconds=WINDOW_S)
+    recent = [begin or since for end, begin in ended if end > since]
+    first = max(min(recent), since)
+    return 3600 * len(recent) / max((last - first).total_seconds(), 1e-3)
 
 
 def _seconds(moment: datetime | None) -> float:

@@ -151,6 +151,35 @@ def test_what_somebody_else_measured_meanwhile_is_not_recorded_again(
     assert tracker.open_trials(study) == []
 
 
+@pytest.mark.parametrize("tried", [False, True])
+def test_only_for_a_plan_that_somebody_was_at_before_the_tracker_is_searched(
+    tried: bool, outbox: Outbox, tracker: Flaky, study: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search takes a server as long as all the rest of a trial."""
+    searched = []
+    find = Flaky.find
+
+    def watched(self: Flaky, study: StudyRun, digest: str) -> TrialRecord | None:
+        searched.append(digest)
+        return find(self, study, digest)
+
+    monkeypatch.setattr(Flaky, "find", watched)
+    first, again = outbox.begin(3, plan(8)), outbox.begin(5, plan(8), tried=True)
+    theirs = outbox.finish(first, record(3), deployed(first))
+    assert searched == []
+    if tried:
+        assert outbox.finish(again, record(5), deployed(again)) == theirs
+        assert searched == [plan(8).digest]
+        assert tracker.records(study) == [theirs]
+    else:
+        away(tracker, *ALL)
+        late = outbox.begin(6, plan(4))
+        outbox.finish(late, record(6, 4), deployed(late))
+        away(tracker)
+        assert len(outbox.deliver()) == 1
+        assert searched == [plan(4).digest], "what is sent again may have arrived before"
+
+
 def test_an_interrupted_trial_leaves_no_open_run(outbox: Outbox, tracker: Flaky, study: StudyRun) -> None:
     outbox.drop(outbox.begin(3, plan(8)))
     assert tracker.open_trials(study) == []
