@@ -247,9 +247,10 @@ def _best_within_drop(
             f"no candidate keeps {quality} within {drop:g} of the uncompressed {shown(original.value(quality))}: "
             f"the nearest, trial {nearest.number}, loses {loss(nearest):.4g}, {loss(nearest) - drop:.2g} too much",
         )
-    # Closer than the bands is a tie: no quality is given away for it. With all rivals, because the fastest may have a
-    # band so wide that it ties with anything.
-    tied = [r for r in within if not any(other.value(metric).clearly_better(r.value(metric)) for other in within)]
+    # Within the bands of all others is a tie: no quality is given away for it. By the value, as its own band may be
+    # so wide that it touches anything; and of all, as that of the fastest may be as wide.
+    bar = min(_worst(r.value(metric)) for r in within)
+    tied = [r for r in within if _cost(r.value(metric)) <= bar]
     # But nothing is recommended for what its own value says that it does not do.
     tied = [r for r in tied if _cost(r.value(metric)) <= _cost(original.value(metric))] or tied
     best = min(tied, key=lambda r: (loss(r), _cost(r.value(metric))))
@@ -264,6 +265,12 @@ def _best_within_drop(
 def _cost(measurement: Measurement) -> float:
     """The value with its sign turned where more is better."""
     return measurement.value if measurement.metric.direction == "minimize" else -measurement.value
+
+
+def _worst(measurement: Measurement) -> float:
+    """The worse end of the band as a cost."""
+    low, high = measurement.interval
+    return high if measurement.metric.direction == "minimize" else -low
 
 
 def _range(records: Sequence[TrialRecord], metric: str) -> tuple[float, float]:

@@ -181,6 +181,14 @@ def test_the_wide_band_of_the_fastest_does_not_excuse_what_another_one_clearly_b
     assert choose([FP32, uncertain, steady, slow], Fastest(), NAMES).record is steady
 
 
+def test_a_wide_band_of_its_own_does_not_excuse_what_reads_much_slower() -> None:
+    fast, uncertain = trial(5, 0.975, 0.2), trial(6, 0.979, 0.3)
+    wide = Measurement(RATIO, 0.3, (0.203, 0.44), 20)
+    uncertain = replace(uncertain, measurements=(uncertain.measurements[0], wide, uncertain.measurements[2]))
+    assert not fast.value("latency_ratio").clearly_better(wide)
+    assert choose([FP32, fast, uncertain], Fastest(), NAMES).record is fast
+
+
 def test_within_the_bands_nothing_that_reads_slower_than_the_uncompressed_model() -> None:
     slower = trial(1, 0.981, 1.03, 1000, precision="bf16", compressed=False)
     assert not FP32.value("latency_ratio").clearly_better(slower.value("latency_ratio"))
