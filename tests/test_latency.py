@@ -107,6 +107,15 @@ def test_a_machine_that_settled_at_a_new_speed_is_believed(tmp_path: Path, no_sl
     assert timer.measure(file, file, DATA)[0].conditions["reference_ms"] == pytest.approx(1.32)
 
 
+def test_a_reference_that_was_calibrated_in_a_slow_moment_is_calibrated_again(tmp_path: Path, no_sleep: None) -> None:
+    file = deployed(FakeRuntime(), tmp_path)
+    timer = scripted([1.3, 1.0, 1.3, 1.02])
+    timer.measure(file, file, DATA)
+    assert timer.measure(file, file, DATA)[0].conditions["reference_ms"] == pytest.approx(1.0)
+    # By the standard of before, this one would have been good.
+    assert timer.measure(file, file, DATA)[0].conditions["reference_ms"] == pytest.approx(1.02)
+
+
 def test_a_machine_that_never_settles_gives_no_number(tmp_path: Path, no_sleep: None) -> None:
     file = deployed(FakeRuntime(), tmp_path)
     timer = scripted([1.0, 1.3, 2.0, 1.5, 3.0])
